@@ -1,0 +1,154 @@
+// Package chunk is the unit of transfer, signature and storage: a run of plain
+// bytes, its signature, and its packed (perhaps compressed) form.
+//
+// A chunk is sealed once, at the source: signature over the plain bytes, then
+// compression. The packed form crosses the link and lies in the store as it
+// is; whoever wants the bytes opens it, and opening verifies the signature, so
+// no wrong byte passes here. Codec and algorithm are one byte each, so that
+// another can be added without changing a format.
+package chunk
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zstd"
+)
+
+// Limits of the plain length of a chunk, in bytes. Chunk sizes of a volume are
+// powers of two between the two; DefaultSize is used where nothing is said.
+const (
+	MinSize     = 16 << 10
+	MaxSize     = 1 << 20
+	DefaultSize = 64 << 10
+)
+
+// SigLen is the length of a signature in bytes.
+const SigLen = sha256.Size
+
+// Sig is a chunk's signature: SHA-256 (FIPS 180-4) of its plain bytes.
+type Sig [SigLen]byte
+
+// String is the signature in hexadecimal.
+func (s Sig) String() string { return hex.EncodeToString(s[:]) }
+
+// AlgoSHA256 is the algorithm byte of formats that hold signatures.
+const AlgoSHA256 = 1
+
+// Sum computes the signature of plain bytes.
+func Sum(plain []byte) Sig { return sha256.Sum256(plain) }
+
+// Codec says how the packed bytes of a chunk are made. The numbers stand in
+// the wire protocol and in packs and never change.
+type Codec uint8
+
+// The codecs.
+const (
+	Raw  Codec = 0 // the plain bytes
+	Zstd Codec = 1 // RFC 8878, one frame
+	S2   Codec = 2 // one S2 block
+)
+
+// Packed is a sealed chunk. Data belongs to whoever made it; who receives a
+// Packed must copy Data to keep it.
+type Packed struct {
+	Sig   Sig
+	Codec Codec
+	Plain int    // length of the plain bytes
+	Data  []byte // the packed bytes
+}
+
+// ErrMismatch is wrapped by the errors of Open: the packed bytes are not those
+// of the chunk with that signature.
+var ErrMismatch = errors.New("content does not match its signature")
+
+// One encoder serves all goroutines: EncodeAll is safe for concurrent use and
+// keeps a pool of its own.
+var (
+	encoder = sync.OnceValue(func() *zstd.Encoder {
+		e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest),
+			zstd.WithEncoderCRC(false), zstd.WithWindowSize(MaxSize), zstd.WithZeroFrames(true))
+		if err != nil {
+			panic(err) // the options are constants
+		}
+		return e
+	})
+	decoder = sync.OnceValue(func() *zstd.Decoder {
+		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0),
+			zstd.WithDecoderMaxMemory(4*MaxSize), zstd.WithDecodeAllCapLimit(true))
+		if err != nil {
+			panic(err)
+		}
+		return d
+	})
+)
+
+// minGain is the share of the plain length that compression must save to be
+// kept: below it the receiver's time costs more than the bytes.
+const minGain = 32 // one 32nd
+
+// Seal computes the signature of plain and packs it with codec into buf's
+// space (buf may be nil; it is grown as needed and its content overwritten).
+// When compression does not pay, the result is Raw and Data is plain itself.
+func Seal(buf, plain []byte, codec Codec) Packed {
+	p := Packed{Sig: Sum(plain), Codec: Raw, Plain: len(plain), Data: plain}
+	var out []byte
+	switch codec {
+	case Zstd:
+		out = encoder().EncodeAll(plain, buf[:0])
+	case S2:
+		out = s2.Encode(buf[:cap(buf)], plain)
+	default:
+		return p
+	}
+	if len(out) < len(plain)-len(plain)/minGain {
+		p.Codec, p.Data = codec, out
+	}
+	return p
+}
+
+// Open unpacks p into dst, which must be exactly p.Plain bytes long, and
+// verifies the signature. On error dst's content is undefined.
+func (p Packed) Open(dst []byte) error {
+	if len(dst) != p.Plain {
+		return fmt.Errorf("chunk %s: plain length is %d, the buffer's %d", p.Sig, p.Plain, len(dst))
+	}
+	switch p.Codec {
+	case Raw:
+		if len(p.Data) != p.Plain {
+			return fmt.Errorf("chunk %s: %d raw bytes for a plain length of %d: %w", p.Sig, len(p.Data), p.Plain, ErrMismatch)
+		}
+		copy(dst, p.Data)
+	case Zstd:
+		out, err := decoder().DecodeAll(p.Data, dst[:0:len(dst)])
+		if err != nil {
+			return fmt.Errorf("chunk %s: zstd: %v: %w", p.Sig, err, ErrMismatch)
+		}
+		if len(out) != len(dst) {
+			return fmt.Errorf("chunk %s: %d bytes unpacked, %d expected: %w", p.Sig, len(out), len(dst), ErrMismatch)
+		}
+	case S2:
+		if n, err := s2.DecodedLen(p.Data); err != nil || n != len(dst) {
+			return fmt.Errorf("chunk %s: s2 length %d (%v), %d expected: %w", p.Sig, n, err, len(dst), ErrMismatch)
+		}
+		if _, err := s2.Decode(dst, p.Data); err != nil {
+			return fmt.Errorf("chunk %s: s2: %v: %w", p.Sig, err, ErrMismatch)
+		}
+	default:
+		return fmt.Errorf("chunk %s: unknown codec %d: %w", p.Sig, p.Codec, ErrMismatch)
+	}
+	if found := Sum(dst); found != p.Sig {
+		return fmt.Errorf("chunk %s: found %s: %w", p.Sig, found, ErrMismatch)
+	}
+	return nil
+}
+
+var zeros [MaxSize]byte
+
+// AllZero says whether p, at most MaxSize bytes, holds only zeros.
+func AllZero(p []byte) bool { return bytes.Equal(p, zeros[:len(p)]) }
