@@ -79,7 +79,7 @@ func (c *Checked) Info() Info { return c.info }
 
 // ReadAt checks and passes on.
 func (c *Checked) ReadAt(ctx context.Context, p []byte, off int64, f Flags) error {
-	if err := c.check("read", off, int64(len(p)), f, 0); err != nil {
+	if err := c.check("read", off, int64(len(p)), f, Soon); err != nil {
 		return err
 	}
 	if err := c.transfer("read", len(p)); err != nil {
@@ -181,7 +181,7 @@ func (c *Checked) Extents(ctx context.Context, dst []Extent, off, n int64, f Fla
 
 // Prefetch checks and passes on.
 func (c *Checked) Prefetch(ctx context.Context, off, n int64, f Flags) error {
-	if err := c.check("prefetch", off, n, f, 0); err != nil {
+	if err := c.check("prefetch", off, n, f, Soon); err != nil {
 		return err
 	}
 	if err := c.enter("prefetch"); err != nil {

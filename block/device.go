@@ -84,9 +84,11 @@ const (
 	Local Flags = 1 << 4
 	// FastZero: Zero fails with KindUnsupported rather than being as slow as a write.
 	FastZero Flags = 1 << 5
+	// Soon: of its class, ahead of the rest (read-ahead goes before the sweep).
+	Soon Flags = 1 << 6
 
 	classMask Flags = 3
-	flagsMask Flags = 1<<6 - 1
+	flagsMask Flags = 1<<7 - 1
 )
 
 // Class returns only the class bits: Demand, WriteBack or Background.
@@ -104,7 +106,7 @@ func (f Flags) String() string {
 	for _, b := range [...]struct {
 		bit  Flags
 		name string
-	}{{FUA, "+fua"}, {MayTrim, "+may-trim"}, {Local, "+local"}, {FastZero, "+fast-zero"}} {
+	}{{FUA, "+fua"}, {MayTrim, "+may-trim"}, {Local, "+local"}, {FastZero, "+fast-zero"}, {Soon, "+soon"}} {
 		if f&b.bit != 0 {
 			s += b.name
 		}

@@ -52,6 +52,9 @@ const (
 	Raw  Codec = 0 // the plain bytes
 	Zstd Codec = 1 // RFC 8878, one frame
 	S2   Codec = 2 // one S2 block
+	// Zeros: the plain bytes are all zero. There are no packed bytes and the
+	// signature is not used; such a chunk is a state of a map, never stored.
+	Zeros Codec = 3
 )
 
 // Packed is a sealed chunk. Data belongs to whoever made it; who receives a
@@ -95,7 +98,11 @@ const minGain = 32 // one 32nd
 // Seal computes the signature of plain and packs it with codec into buf's
 // space (buf may be nil; it is grown as needed and its content overwritten).
 // When compression does not pay, the result is Raw and Data is plain itself.
+// Plain bytes that are all zero give codec Zeros and no data.
 func Seal(buf, plain []byte, codec Codec) Packed {
+	if AllZero(plain) {
+		return Packed{Codec: Zeros, Plain: len(plain)}
+	}
 	p := Packed{Sig: Sum(plain), Codec: Raw, Plain: len(plain), Data: plain}
 	var out []byte
 	switch codec {
@@ -119,6 +126,12 @@ func (p Packed) Open(dst []byte) error {
 		return fmt.Errorf("chunk %s: plain length is %d, the buffer's %d", p.Sig, p.Plain, len(dst))
 	}
 	switch p.Codec {
+	case Zeros:
+		if len(p.Data) != 0 {
+			return fmt.Errorf("chunk of zeros with %d packed bytes: %w", len(p.Data), ErrMismatch)
+		}
+		clear(dst)
+		return nil
 	case Raw:
 		if len(p.Data) != p.Plain {
 			return fmt.Errorf("chunk %s: %d raw bytes for a plain length of %d: %w", p.Sig, len(p.Data), p.Plain, ErrMismatch)

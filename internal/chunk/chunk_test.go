@@ -71,7 +71,8 @@ func FuzzOpen(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, codec uint8, n uint32, data []byte) {
 		p := Packed{Codec: Codec(codec), Plain: int(n % MaxSize), Data: data}
-		if p.Open(make([]byte, p.Plain)) == nil {
+		dst := make([]byte, p.Plain)
+		if p.Open(dst) == nil && !(p.Codec == Zeros && AllZero(dst)) {
 			t.Fatal("a zero signature matched")
 		}
 	})
