@@ -1,0 +1,150 @@
+// Package serve answers the API over a unix socket: handlers over two small
+// interfaces, one table of routes, the OpenAPI document made from the types.
+package serve
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"forerun/api"
+	"forerun/block"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humago"
+)
+
+// Daemon is what every daemon can say.
+type Daemon interface {
+	Node() api.Node
+	Volumes() []api.Volume
+	// Volume answers KindNotFound for an unknown name.
+	Volume(name string) (api.Volume, error)
+}
+
+// Controller is what a frontend can be told to do.
+type Controller interface {
+	Fill(ctx context.Context, volume string, req api.FillRequest) error
+	Cutover(ctx context.Context, volume string, req api.CutoverRequest) error
+	CancelCutover(ctx context.Context, volume string) error
+}
+
+type (
+	nodeOut    struct{ Body api.Node }
+	volumesOut struct{ Body []api.Volume }
+	volumeOut  struct{ Body api.Volume }
+	volumeIn   struct {
+		Volume string `path:"volume" doc:"name of the volume"`
+	}
+	fillIn struct {
+		Volume string `path:"volume"`
+		Body   api.FillRequest
+	}
+	cutoverIn struct {
+		Volume string `path:"volume"`
+		Body   api.CutoverRequest
+	}
+)
+
+// Handler serves the API of d. c is nil for a daemon that takes no orders;
+// metrics answers at api.PathMetrics.
+func Handler(d Daemon, c Controller, version string, metrics http.Handler) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET "+api.PathMetrics, metrics)
+	cfg := huma.DefaultConfig("Forerun", version)
+	cfg.DocsPath = ""
+	cfg.CreateHooks = nil // no $schema member in answers
+	h := humago.New(mux, cfg)
+
+	huma.Get(h, api.PathNode, func(context.Context, *struct{}) (*nodeOut, error) {
+		return &nodeOut{d.Node()}, nil
+	})
+	huma.Get(h, api.PathVolumes, func(context.Context, *struct{}) (*volumesOut, error) {
+		return &volumesOut{d.Volumes()}, nil
+	})
+	huma.Get(h, api.PathVolume, func(_ context.Context, in *volumeIn) (*volumeOut, error) {
+		v, err := d.Volume(in.Volume)
+		return &volumeOut{v}, status(err)
+	})
+	if c == nil {
+		return mux
+	}
+	answer := func(name string, err error) (*volumeOut, error) {
+		if err != nil {
+			return nil, status(err)
+		}
+		v, err := d.Volume(name)
+		return &volumeOut{v}, status(err)
+	}
+	huma.Post(h, api.PathFill, func(ctx context.Context, in *fillIn) (*volumeOut, error) {
+		return answer(in.Volume, c.Fill(ctx, in.Volume, in.Body))
+	})
+	huma.Post(h, api.PathCutover, func(ctx context.Context, in *cutoverIn) (*volumeOut, error) {
+		return answer(in.Volume, c.Cutover(ctx, in.Volume, in.Body))
+	})
+	huma.Delete(h, api.PathCutover, func(ctx context.Context, in *volumeIn) (*volumeOut, error) {
+		return answer(in.Volume, c.CancelCutover(ctx, in.Volume))
+	})
+	return mux
+}
+
+// status turns the kind of err into an HTTP status; the text goes along.
+func status(err error) error {
+	if err == nil {
+		return nil
+	}
+	code := http.StatusInternalServerError
+	switch block.KindOf(err) {
+	case block.KindInvalid, block.KindRange:
+		code = http.StatusBadRequest
+	case block.KindNotFound:
+		code = http.StatusNotFound
+	case block.KindBusy, block.KindExists, block.KindReadOnly, block.KindFenced:
+		code = http.StatusConflict
+	case block.KindDenied:
+		code = http.StatusForbidden
+	case block.KindUnavailable, block.KindClosed:
+		code = http.StatusServiceUnavailable
+	case block.KindNoSpace:
+		code = http.StatusInsufficientStorage
+	case block.KindUnsupported:
+		code = http.StatusNotImplemented
+	}
+	return huma.NewError(code, err.Error())
+}
+
+// Run serves handler on the unix socket in stateDir until ctx ends. The caller
+// holds the lock of stateDir, so a socket that is there already is stale.
+func Run(ctx context.Context, stateDir string, handler http.Handler) error {
+	path := filepath.Join(stateDir, api.SocketName)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return block.E("api.listen", path, block.KindNone, err)
+	}
+	ln, err := (&net.ListenConfig{}).Listen(ctx, "unix", path)
+	if err != nil {
+		return block.E("api.listen", path, block.KindNone, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		ln.Close()
+		return block.E("api.listen", path, block.KindNone, err)
+	}
+	srv := &http.Server{Handler: handler, ReadHeaderTimeout: 5 * time.Second}
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(ln) }()
+	select {
+	case err := <-done:
+		return block.E("api.serve", path, block.KindNone, err)
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if srv.Shutdown(stop) != nil {
+		srv.Close()
+	}
+	<-done
+	return nil
+}

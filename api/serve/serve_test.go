@@ -1,0 +1,128 @@
+package serve_test
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"forerun/api"
+	"forerun/api/client"
+	"forerun/api/serve"
+	"forerun/block"
+)
+
+type fake struct{ got []any }
+
+func (f *fake) Node() api.Node { return api.Node{Name: "f1", Role: api.RoleFrontend} }
+func (f *fake) Volumes() []api.Volume {
+	return []api.Volume{{Volume: "v", Phase: api.PhaseRunning, Primary: api.PrimarySource}}
+}
+func (f *fake) Volume(n string) (api.Volume, error) {
+	if n != "v" {
+		return api.Volume{}, block.E("status", n, block.KindNotFound, nil)
+	}
+	return f.Volumes()[0], nil
+}
+func (f *fake) Fill(_ context.Context, v string, r api.FillRequest) error {
+	f.got = append(f.got, v, r)
+	return nil
+}
+func (f *fake) Cutover(_ context.Context, v string, r api.CutoverRequest) error {
+	return block.E("cutover", v, block.KindBusy, os.ErrExist)
+}
+func (f *fake) CancelCutover(context.Context, string) error { return nil }
+
+func start(t *testing.T) (*fake, string) {
+	t.Helper()
+	dir, f := t.TempDir(), &fake{}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "m 1\n") })
+	go func() { done <- serve.Run(ctx, dir, serve.Handler(f, f, "test", metrics)) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	for range 1000 {
+		if c, err := net.Dial("unix", filepath.Join(dir, api.SocketName)); err == nil {
+			c.Close()
+			return f, dir
+		}
+	}
+	t.Fatal("the API did not come up")
+	return nil, ""
+}
+
+func TestClientAndServer(t *testing.T) {
+	f, dir := start(t)
+	ctx := context.Background()
+	c := client.New(dir)
+	if n, err := c.Node(ctx); err != nil || n.Name != "f1" {
+		t.Fatalf("node: %v %v", n, err)
+	}
+	if v, err := c.Volumes(ctx); err != nil || len(v) != 1 || v[0].Volume != "v" {
+		t.Fatalf("volumes: %v %v", v, err)
+	}
+	if _, err := c.Volume(ctx, "w"); block.KindOf(err) != block.KindNotFound {
+		t.Fatalf("an unknown volume answers %v", err)
+	}
+	if _, err := c.Fill(ctx, "v", api.FillRequest{Action: "limit", RateBytes: 7}); err != nil {
+		t.Fatal(err)
+	}
+	if len(f.got) != 2 || f.got[1].(api.FillRequest).RateBytes != 7 {
+		t.Fatalf("the daemon got %v", f.got)
+	}
+	if _, err := c.Fill(ctx, "v", api.FillRequest{Action: "fly"}); block.KindOf(err) != block.KindInvalid {
+		t.Fatalf("an unknown action answers %v", err)
+	}
+	_, err := c.Cutover(ctx, "v", api.CutoverRequest{To: "/x"})
+	if block.KindOf(err) != block.KindBusy || !strings.Contains(err.Error(), "exist") {
+		t.Fatalf("a refused cut-over answers %v", err)
+	}
+	if _, err := client.New(t.TempDir()).Node(ctx); block.KindOf(err) != block.KindUnavailable {
+		t.Fatalf("no daemon answers %v", err)
+	}
+}
+
+func TestOpenAPIAndMetrics(t *testing.T) {
+	_, dir := start(t)
+	hc := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return net.Dial("unix", filepath.Join(dir, api.SocketName))
+	}}}
+	defer hc.CloseIdleConnections()
+	get := func(p string) []byte {
+		r, err := hc.Get("http://x" + p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Body.Close()
+		b, _ := io.ReadAll(r.Body)
+		return b
+	}
+	var doc struct {
+		OpenAPI string                    `json:"openapi"`
+		Paths   map[string]map[string]any `json:"paths"`
+	}
+	if err := json.Unmarshal(get(api.PathOpenAPI), &doc); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{api.PathNode, api.PathVolumes, api.PathVolume, api.PathFill, api.PathCutover} {
+		if len(doc.Paths[p]) == 0 {
+			t.Errorf("the OpenAPI document (%s) does not know %s", doc.OpenAPI, p)
+		}
+	}
+	if got := string(get(api.PathMetrics)); got != "m 1\n" {
+		t.Errorf("metrics answer %q", got)
+	}
+	if fi, err := os.Stat(filepath.Join(dir, api.SocketName)); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("the socket is %v, %v", fi.Mode(), err)
+	}
+}
