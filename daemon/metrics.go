@@ -1,0 +1,133 @@
+package daemon
+
+import (
+	"net/http"
+
+	"forerun/api"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// gauge is one family of metrics made from a volume's status.
+type gauge struct {
+	name, help string
+	kind       prometheus.ValueType
+	labels     []string
+	values     func(api.Volume) []sample
+}
+
+type sample struct {
+	v      float64
+	labels []string
+}
+
+func one(v float64) []sample { return []sample{{v: v}} }
+
+func boolean(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+const microsecond = 1e-6 // seconds
+
+var families = []gauge{
+	{"forerun_volume_size_bytes", "Size of the volume.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.SizeBytes)) }},
+	{"forerun_volume_chunks", "Chunks of the volume by state.", prometheus.GaugeValue, []string{"state"},
+		func(v api.Volume) []sample {
+			return []sample{{float64(v.Chunks.Untouched), []string{"untouched"}}, {float64(v.Chunks.Held), []string{"held"}},
+				{float64(v.Chunks.Zero), []string{"zero"}}, {float64(v.Chunks.Modified), []string{"modified"}}}
+		}},
+	{"forerun_volume_absent_chunks", "Chunks still to be fetched, wholly or in part.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Chunks.Absent)) }},
+	{"forerun_volume_corrupt_chunks_total", "Chunks found damaged and fetched again.", prometheus.CounterValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Chunks.Corrupt)) }},
+	{"forerun_volume_primary", "1 for the side that is primary.", prometheus.GaugeValue, []string{"side"},
+		func(v api.Volume) []sample {
+			return []sample{{boolean(v.Primary == api.PrimarySource), []string{api.PrimarySource}},
+				{boolean(v.Primary == api.PrimaryTarget), []string{api.PrimaryTarget}}}
+		}},
+	{"forerun_volume_waiting", "1 while the workload waits for something named in status.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(boolean(v.Waiting != "")) }},
+	{"forerun_clients", "Connected NBD clients, or sessions at a backend.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Clients)) }},
+	{"forerun_wan_received_bytes_total", "Bytes received for the volume by class.", prometheus.CounterValue, []string{"class"},
+		func(v api.Volume) []sample {
+			return []sample{{float64(v.WAN.DemandBytes), []string{"demand"}}, {float64(v.WAN.BackgroundBytes), []string{"background"}}}
+		}},
+	{"forerun_wan_sent_bytes_total", "Bytes sent over the link.", prometheus.CounterValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.WAN.SentBytes)) }},
+	{"forerun_wan_connected", "1 while the link is up.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(boolean(v.WAN.Connected)) }},
+	{"forerun_wan_rtt_seconds", "Round trip of the link.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.WAN.RTTUs) * microsecond) }},
+	{"forerun_wan_reconnects_total", "Times the link had to be made again.", prometheus.CounterValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.WAN.Reconnects)) }},
+	{"forerun_demand_reads_total", "Reads that needed the link.", prometheus.CounterValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Demand.Reads)) }},
+	{"forerun_demand_wait_seconds", "Wait of demand reads for the link.", prometheus.GaugeValue, []string{"quantile"},
+		func(v api.Volume) []sample {
+			return []sample{{float64(v.Demand.P50Us) * microsecond, []string{"0.5"}}, {float64(v.Demand.P99Us) * microsecond, []string{"0.99"}}}
+		}},
+	{"forerun_fill_rate_bytes", "Plain bytes a second the fill brings.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(v.Fill.RateBytes) }},
+	{"forerun_fill_remaining_bytes", "Plain bytes still to be filled.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Fill.RemainingBytes)) }},
+	{"forerun_fill_window_bytes", "Background bytes allowed in flight.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Fill.WindowBytes)) }},
+	{"forerun_store_bytes", "Bytes the site's store takes.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.StoreBytes)) }},
+	{"forerun_cache_hits_total", "Local reads by the tier that answered.", prometheus.CounterValue, []string{"tier"},
+		func(v api.Volume) []sample {
+			return []sample{{float64(v.Cache.MemoryHits), []string{"memory"}}, {float64(v.Cache.ScratchHits), []string{"scratch"}},
+				{float64(v.Cache.Misses), []string{"store"}}}
+		}},
+	{"forerun_journal_records_total", "Writes journaled.", prometheus.CounterValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Journal.Records)) }},
+	{"forerun_journal_syncs_total", "Syncs of the journal.", prometheus.CounterValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Journal.Syncs)) }},
+	{"forerun_journal_retained_bytes", "Bytes of journal that a restart would replay.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Journal.RetainedBytes)) }},
+	{"forerun_cutover_changeset_bytes", "Bytes the target still lacks.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Cutover.ChangesetBytes)) }},
+	{"forerun_cutover_pause_seconds", "How long the switch held I/O.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Cutover.PauseUs) * microsecond) }},
+}
+
+// collector turns the daemon's status into metrics at each scrape, so that no
+// room knows Prometheus.
+type collector struct {
+	descs   []*prometheus.Desc
+	volumes func() []api.Volume
+}
+
+func (c *collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range c.descs {
+		ch <- d
+	}
+}
+
+func (c *collector) Collect(ch chan<- prometheus.Metric) {
+	for _, v := range c.volumes() {
+		for i, f := range families {
+			for _, s := range f.values(v) {
+				ch <- prometheus.MustNewConstMetric(c.descs[i], f.kind, s.v, append([]string{v.Volume}, s.labels...)...)
+			}
+		}
+	}
+}
+
+// Metrics serves what volumes reports, in the Prometheus text format.
+func Metrics(volumes func() []api.Volume) http.Handler {
+	c := &collector{volumes: volumes}
+	for _, f := range families {
+		c.descs = append(c.descs, prometheus.NewDesc(f.name, f.help, append([]string{"volume"}, f.labels...), nil))
+	}
+	r := prometheus.NewRegistry()
+	r.MustRegister(c, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return promhttp.HandlerFor(r, promhttp.HandlerOpts{})
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that the tests and the lab need and that are missing.
+set -euo pipefail
+need=(qemu-system-x86 qemu-utils nbdkit libnbd-bin nbdfuse python3-libnbd fio mmdebstrap e2fsprogs xfsprogs ntfs-3g
+      zstd iproute2 iperf3 extlinux syslinux-common fdisk util-linux kmod gcc libc6-dev)
+missing=()
+for p in "${need[@]}"; do
+  dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing+=("$p")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+if [ "$(id -u)" -ne 0 ]; then
+  echo "these Debian packages are missing: ${missing[*]}; run as root: apt-get install ${missing[*]}" >&2
+  exit 1
+fi
+echo "installing: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
