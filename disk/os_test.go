@@ -1,0 +1,97 @@
+package disk_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	"forerun/block"
+	"forerun/disk"
+)
+
+func TestOSFiles(t *testing.T) {
+	d, dir := disk.OS(), t.TempDir()
+	p := filepath.Join(dir, "sub", "a")
+	if _, err := d.Open(p, disk.Write|disk.Create); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("a file in no directory: %v", err)
+	}
+	if err := d.MkdirAll(filepath.Dir(p)); err != nil {
+		t.Fatal(err)
+	}
+	f, err := d.Open(p, disk.Write|disk.Create|disk.Excl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := d.Open(p, disk.Write|disk.Create|disk.Excl); !errors.Is(err, fs.ErrExist) {
+		t.Fatalf("made twice: %v", err)
+	}
+	data := bytes.Repeat([]byte{7}, 1<<20)
+	if _, err := f.WriteAt(data, 8<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if s, e, err := f.Data(0); err != nil || s > 8<<20 || e != 9<<20 {
+		t.Fatalf("data at %d..%d, %v", s, e, err)
+	}
+	if _, _, err := f.Data(9 << 20); err != io.EOF {
+		t.Fatalf("data after the end: %v", err)
+	}
+	if err := f.Punch(8<<20, 1<<19); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 1<<20)
+	if n, err := f.ReadAt(got, 8<<20); n != len(got) || err != nil {
+		t.Fatal(n, err)
+	}
+	if !bytes.Equal(got[:1<<19], make([]byte, 1<<19)) || !bytes.Equal(got[1<<19:], data[1<<19:]) {
+		t.Fatal("punching changed other bytes")
+	}
+	st, err := f.Stat()
+	if err != nil || st.Size != 9<<20 || st.Allocated > 2<<20 {
+		t.Fatalf("%+v, %v", st, err)
+	}
+	if err := f.Allocate(9<<20, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if st, _ = f.Stat(); st.Size != 10<<20 {
+		t.Fatalf("allocated to %d", st.Size)
+	}
+	if err := d.Rename(p, p+"2"); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.SyncDir(filepath.Dir(p)); err != nil {
+		t.Fatal(err)
+	}
+	if names, err := d.List(filepath.Dir(p)); err != nil || len(names) != 1 || names[0] != "a2" {
+		t.Fatal(names, err)
+	}
+	if n, err := d.Free(dir); err != nil || n <= 0 {
+		t.Fatal(n, err)
+	}
+}
+
+func TestOSLockIsExclusive(t *testing.T) {
+	d, p := disk.OS(), filepath.Join(t.TempDir(), "lock")
+	l, err := d.Lock(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Lock(p); !errors.Is(err, syscall.EBUSY) || block.KindOf(err) != block.KindBusy {
+		t.Fatalf("locked twice: %v", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l, err = d.Lock(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+}
