@@ -1,0 +1,185 @@
+package journal
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"path"
+	"sync/atomic"
+
+	"forerun/block"
+	"forerun/disk"
+)
+
+// maxSpares is how many segment files are kept ready.
+const maxSpares = 2
+
+// segment is one file of the log.
+type segment struct {
+	segInfo
+	seed uint32
+	path string
+	file disk.File
+	size int64
+
+	pending atomic.Int64 // records appended whose application has not ended
+	sealed  atomic.Bool  // nothing is appended any more
+
+	// Guarded by Journal.mu. tail and last are written by the leader only,
+	// which may read them without.
+	tail       int64    // where the next record goes
+	last       Position // of its last record, or of the one before its first
+	syncedTail int64
+	named      bool // its name is durable
+	refs       int  // syncs and readers using the file
+	gone       bool // removed; the last user closes the file
+	broken     bool // a sync of it failed; never recycled
+}
+
+// spare is a file of segment size under a name that replay ignores.
+type spare struct {
+	path string
+	file disk.File
+}
+
+// roll seals the current segment and begins a new one, from a spare file when
+// there is one. The caller leads.
+func (j *Journal) roll() error {
+	j.mu.Lock()
+	if j.cur != nil {
+		j.cur.sealed.Store(true)
+		j.cur = nil
+	}
+	var sp *spare
+	if n := len(j.spares); n > 0 {
+		s := j.spares[n-1]
+		j.spares, sp = j.spares[:n-1], &s
+	}
+	id := j.nextID
+	j.nextID++
+	h := segInfo{id: id, first: j.pos.Sequence + 1, prev: j.pos.Checksum, applied: j.applied, durable: j.claim.Load()}
+	j.mu.Unlock()
+
+	var salt [8]byte
+	rand.Read(salt[:]) // never fails (crypto/rand)
+	h.salt = binary.LittleEndian.Uint64(salt[:])
+	name := path.Join(j.dir, segName(id))
+	f, err := j.newFile(name, sp)
+	if err != nil {
+		return block.E("journal.segment", name, 0, err)
+	}
+	page := make([]byte, segHeader)
+	h.encode(page)
+	if _, err := f.WriteAt(page, 0); err != nil {
+		f.Close()
+		j.fs.Remove(name)
+		return block.E("journal.segment", name, 0, err)
+	}
+	s := &segment{segInfo: h, seed: h.seed(), path: name, file: f, size: j.opt.SegmentBytes,
+		tail: segHeader, last: j.pos}
+	j.mu.Lock()
+	j.segs = append(j.segs, s)
+	j.mu.Unlock()
+	j.cur = s
+	return nil
+}
+
+func (j *Journal) newFile(name string, sp *spare) (disk.File, error) {
+	if sp != nil {
+		if err := j.fs.Rename(sp.path, name); err != nil {
+			j.mu.Lock()
+			j.spares = append(j.spares, *sp)
+			j.mu.Unlock()
+			return nil, err
+		}
+		return sp.file, nil
+	}
+	f, err := j.fs.Open(name, disk.Write|disk.Create|disk.Trunc)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Allocate(0, j.opt.SegmentBytes); err != nil {
+		f.Close()
+		j.fs.Remove(name)
+		return nil, err
+	}
+	return f, nil
+}
+
+// stock makes a spare file, so that a full disk is met with one in hand. It is
+// no failure when there is no space for it.
+func (j *Journal) stock() {
+	j.mu.Lock()
+	id, have := j.nextID, len(j.spares)
+	if have == 0 {
+		j.nextID++
+	}
+	j.mu.Unlock()
+	if have > 0 {
+		return
+	}
+	name := path.Join(j.dir, spareName(id))
+	f, err := j.newFile(name, nil)
+	if err != nil {
+		j.log.Warn("no space for a spare journal segment", "error", err)
+		return
+	}
+	j.mu.Lock()
+	j.spares = append(j.spares, spare{name, f})
+	j.mu.Unlock()
+}
+
+func spareName(id uint64) string { return segName(id) + ".spare" }
+
+// hold keeps s's file open while the caller uses it. mu is held.
+func (s *segment) hold() { s.refs++ }
+
+// drop ends a hold. mu is held.
+func (s *segment) drop() {
+	if s.refs--; s.refs == 0 && s.gone {
+		s.file.Close()
+	}
+}
+
+// discard removes the oldest segment, or makes it a spare, and makes that
+// durable before it returns. The caller holds ckpt.
+func (j *Journal) discard(s *segment) error {
+	j.mu.Lock()
+	recycle := len(j.spares) < maxSpares && s.refs == 0 && !s.broken && s.size == j.opt.SegmentBytes
+	if recycle {
+		s.gone = true // a reader that comes now must not find it
+		j.segs = j.segs[1:]
+	}
+	j.mu.Unlock()
+	if !recycle {
+		if err := j.fs.Remove(s.path); err != nil && block.KindOf(err) != block.KindNotFound {
+			return err
+		}
+		j.mu.Lock()
+		s.gone = true
+		j.segs = j.segs[1:]
+		if s.refs == 0 {
+			s.file.Close()
+		}
+		j.mu.Unlock()
+		return j.fs.SyncDir(j.dir)
+	}
+	name := path.Join(j.dir, spareName(s.id))
+	if err := j.fs.Rename(s.path, name); err != nil {
+		j.mu.Lock()
+		s.gone = false
+		j.segs = append([]*segment{s}, j.segs...)
+		j.mu.Unlock()
+		return err
+	}
+	if err := j.fs.SyncDir(j.dir); err != nil {
+		j.mu.Lock()
+		s.file.Close()
+		j.mu.Unlock()
+		j.fs.Remove(name)
+		return err
+	}
+	j.mu.Lock()
+	j.spares = append(j.spares, spare{name, s.file})
+	j.mu.Unlock()
+	return nil
+}
