@@ -1,0 +1,131 @@
+package sched
+
+import "time"
+
+// Window says how many background bytes may be on their way. It follows the
+// idea of LEDBAT (RFC 6817): the delay of an answer, above the smallest seen
+// lately, is what waits in queues; grow while that is below a target, shrink
+// when it is above. So the link is full and its queue is short, and a demand
+// read finds the queue short. It is pure: the time is an argument.
+type Window struct {
+	opts  WindowOptions
+	bytes float64
+	start bool // slow start: double each round trip until a queue shows
+
+	base    [baseSpans]time.Duration // smallest delay in each span
+	span    int
+	spanEnd time.Time
+	delay   time.Duration // of the newest sample, above the base
+}
+
+// WindowOptions bound a Window, in wire bytes.
+type WindowOptions struct {
+	Min, Max int64
+	Target   time.Duration // of queueing
+}
+
+const (
+	baseSpans = 6
+	baseSpan  = 10 * time.Second
+)
+
+// NewWindow returns a window at its minimum.
+func NewWindow(o WindowOptions) *Window {
+	return &Window{opts: o, bytes: float64(o.Min), start: true}
+}
+
+// Bytes is the window now.
+func (w *Window) Bytes() int64 { return int64(w.bytes) }
+
+// Delay is the queueing delay of the newest sample.
+func (w *Window) Delay() time.Duration { return w.delay }
+
+// Base is the smallest delay of the last minute, 0 when none is known.
+func (w *Window) Base() time.Duration {
+	var m time.Duration
+	for _, b := range w.base {
+		if b > 0 && (m == 0 || b < m) {
+			m = b
+		}
+	}
+	return m
+}
+
+// Sample tells of an answer: how long after its request its first byte was
+// there, how many wire bytes it had, whether the window was what limited
+// (growing while it is not would promise what was never tried), and whether
+// somebody waits on the same link, who is owed a shorter queue.
+func (w *Window) Sample(now time.Time, took time.Duration, bytes int64, limited, careful bool) {
+	if now.After(w.spanEnd) {
+		w.spanEnd = now.Add(baseSpan)
+		w.span = (w.span + 1) % baseSpans
+		w.base[w.span] = 0
+	}
+	took = max(took, 1)
+	if b := w.base[w.span]; b == 0 || took < b {
+		w.base[w.span] = took
+	}
+	w.delay = took - w.Base()
+	target := w.opts.Target
+	if careful {
+		target /= carefulShare
+	}
+	off := max(1-float64(w.delay)/float64(target), -1)
+	if off < 0 {
+		w.start = false
+	}
+	// Over one round trip the samples add up to one window. A step of that
+	// size would overshoot by a round trip's worth of queue; the step is so
+	// small that the queue moves by half its target in one.
+	step := float64(bytes) * min(float64(w.opts.Target)/float64(took), 1) / 2
+	switch {
+	case w.start && limited:
+		w.bytes += float64(bytes) // doubles in a round trip
+	case off < 0 || limited:
+		w.bytes += off * step
+	}
+	w.bytes = min(max(w.bytes, float64(w.opts.Min)), float64(w.opts.Max))
+}
+
+// carefulShare is the part of the target that is left for queueing while
+// demand is active.
+const carefulShare = 3
+
+// bucket is a token bucket that may be overdrawn: what was asked for is
+// charged by an estimate and put right when it arrives. Pure.
+type bucket struct {
+	rate   float64 // bytes a second, 0 for no limit
+	tokens float64
+	last   time.Time
+}
+
+// setRate changes the limit; it holds at once.
+func (b *bucket) setRate(now time.Time, rate int64) {
+	b.fill(now)
+	b.rate = float64(rate)
+	b.tokens = min(b.tokens, 0)
+}
+
+func (b *bucket) fill(now time.Time) {
+	if d := now.Sub(b.last).Seconds(); !b.last.IsZero() && d > 0 {
+		b.tokens = min(b.tokens+d*b.rate, b.rate/20) // a burst of 50 ms
+	}
+	b.last = now
+}
+
+// wait says how long nothing may be asked for, 0 for not at all.
+func (b *bucket) wait(now time.Time) time.Duration {
+	if b.rate == 0 {
+		return 0
+	}
+	b.fill(now)
+	if b.tokens >= 0 {
+		return 0
+	}
+	return max(time.Duration(-b.tokens/b.rate*float64(time.Second)), time.Millisecond)
+}
+
+func (b *bucket) take(now time.Time, n int64) {
+	b.fill(now)
+	b.tokens -= float64(n)
+}
