@@ -70,6 +70,12 @@ func (l *line) Promote(idx []int64) {
 	l.prom = append(l.prom, idx...)
 }
 
+func (l *line) total() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.sent
+}
+
 func run(from, n int64) (idx []int64) {
 	for i := range n {
 		idx = append(idx, from+i)
@@ -133,7 +139,7 @@ func TestDemandWhileTheLinkIsFull(t *testing.T) {
 					}()
 				}
 				time.Sleep(10 * time.Second) // the window finds its size
-				sent := l.sent
+				sent := l.total()
 				began := time.Now()
 				var worst, sum time.Duration
 				r := rand.New(rand.NewPCG(5, 6))
@@ -147,7 +153,7 @@ func TestDemandWhileTheLinkIsFull(t *testing.T) {
 					d := time.Since(b)
 					worst, sum = max(worst, d), sum+d
 				}
-				used := float64(l.sent-sent) / time.Since(began).Seconds() / rate
+				used := float64(l.total()-sent) / time.Since(began).Seconds() / rate
 				st := s.Stats()
 				t.Logf("rtt %v: link %.0f%% used, demand mean %v worst %v, window %d, delay %v over %v", rtt, 100*used, sum/reads, worst, st.WindowBytes, st.Delay, st.BaseDelay)
 				if used < 0.90 {
