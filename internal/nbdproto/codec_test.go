@@ -93,7 +93,8 @@ func TestURI(t *testing.T) {
 		{"nbd://h/hello%20world", "nbd://h:10809/hello%20world", URI{Addr: "h:10809", Export: "hello world"}},
 		{"nbds://[::1]:9", "nbds://[::1]:9/", URI{TLS: true, Addr: "[::1]:9"}},
 		{"nbd://", "nbd://:10809/", URI{Addr: ":10809"}},
-		{"nbd+unix:///disk?socket=/run/a%20b", "nbd+unix:///disk?socket=/run/a+b", URI{Unix: true, Addr: "/run/a b", Export: "disk"}},
+		{"nbd+unix:///disk?socket=/run/a%20b", "nbd+unix:///disk?socket=/run/a%20b", URI{Unix: true, Addr: "/run/a b", Export: "disk"}},
+		{"nbd+unix:///?socket=/run/a+b", "nbd+unix:///?socket=/run/a%2Bb", URI{Unix: true, Addr: "/run/a+b"}},
 		{"nbds+unix:///?socket=%00/abstract", "nbds+unix:///?socket=%00/abstract", URI{TLS: true, Unix: true, Addr: "@/abstract"}},
 	} {
 		u, err := ParseURI(c.in)

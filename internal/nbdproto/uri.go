@@ -47,7 +47,8 @@ func ParseURI(s string) (URI, error) {
 	if p.Opaque != "" || p.Fragment != "" {
 		return u, fmt.Errorf("%q is not an NBD URI: write it as %s://", s, p.Scheme)
 	}
-	if u.Query, err = url.ParseQuery(p.RawQuery); err != nil {
+	// RFC 3986 knows no + for a space, and other clients take it for a plus.
+	if u.Query, err = url.ParseQuery(strings.ReplaceAll(p.RawQuery, "+", "%2B")); err != nil {
 		return u, fmt.Errorf("%q is not an NBD URI: %w", s, err)
 	}
 	u.Export = strings.TrimPrefix(p.Path, "/")
@@ -96,7 +97,7 @@ func (u URI) String() string {
 		socket = "\x00" + socket[1:]
 	}
 	// Clients split the query by hand: the slashes of a path stay as they are.
-	p.RawQuery = "socket=" + strings.ReplaceAll(url.QueryEscape(socket), "%2F", "/")
+	p.RawQuery = "socket=" + strings.NewReplacer("%2F", "/", "+", "%20").Replace(url.QueryEscape(socket))
 	if len(u.Query) > 0 {
 		p.RawQuery += "&" + u.Query.Encode()
 	}
