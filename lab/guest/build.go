@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Start is where the one partition begins, in bytes.
-const Start = 1 << 20
+// PartitionStart is where the one partition begins, in bytes.
+const PartitionStart = 1 << 20
 
 const mbr = "/usr/lib/EXTLINUX/mbr.bin"
 
@@ -222,8 +222,8 @@ func (b *builder) mkfs() error {
 	}
 	// extlinux cannot read file systems with the 64bit feature.
 	if err := b.run("", "mkfs.ext4", "-q", "-F", "-O", "^64bit", "-L", "root", "-U", b.UUID,
-		"-E", fmt.Sprintf("offset=%d,hash_seed=%s,lazy_itable_init=0,lazy_journal_init=0", Start, b.UUID),
-		"-d", b.path("root"), disk, fmt.Sprintf("%dk", (b.Size-Start)>>10)); err != nil {
+		"-E", fmt.Sprintf("offset=%d,hash_seed=%s,lazy_itable_init=0,lazy_journal_init=0", PartitionStart, b.UUID),
+		"-d", b.path("root"), disk, fmt.Sprintf("%dk", (b.Size-PartitionStart)>>10)); err != nil {
 		return err
 	}
 	return os.RemoveAll(b.path("root"))
@@ -231,7 +231,7 @@ func (b *builder) mkfs() error {
 
 func (b *builder) bootloader() error {
 	disk := b.path("disk.raw")
-	table := fmt.Sprintf("label: dos\nlabel-id: 0x464f5245\nstart=%d, size=%d, type=83, bootable\n", Start/512, (b.Size-Start)/512)
+	table := fmt.Sprintf("label: dos\nlabel-id: 0x464f5245\nstart=%d, size=%d, type=83, bootable\n", PartitionStart/512, (b.Size-PartitionStart)/512)
 	if err := b.run(table, "sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", disk); err != nil {
 		return err
 	}
@@ -247,7 +247,7 @@ func (b *builder) bootloader() error {
 	if _, err := f.WriteAt(code[:min(len(code), 440)], 0); err != nil {
 		return err
 	}
-	if err := b.run("", "mount", "-o", fmt.Sprintf("loop,offset=%d,sizelimit=%d", Start, b.Size-Start), disk, b.path("mnt")); err != nil {
+	if err := b.run("", "mount", "-o", fmt.Sprintf("loop,offset=%d,sizelimit=%d", PartitionStart, b.Size-PartitionStart), disk, b.path("mnt")); err != nil {
 		return err
 	}
 	err = b.run("", "extlinux", "--install", b.path("mnt/boot/extlinux"))
