@@ -25,6 +25,8 @@ var floors = map[string]int{
 	"data/stack":  4,
 	"daemon":      5,
 	"lab":         6, "cmd": 6,
+	"lab/bench": 7, "lab/crash": 7,
+	"cmd/forerun-lab": 8,
 }
 
 // banned are package names that say nothing about what is inside.
