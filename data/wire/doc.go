@@ -1,0 +1,43 @@
+// Package wire carries chunks from a backend to a frontend over a WAN. SPEC.md
+// says what is on the wire; this page says how the two ends work.
+//
+// A session is one demand connection and a few background connections, each
+// mutual TLS 1.3. What the workload waits for travels alone on the demand
+// connection, so that it never stands behind bulk data in a socket.
+//
+// The server (Server) keeps every chunk asked for as a job in one priority
+// queue (queue.go). Jobs leave it in runs of adjacent chunks, are read from the
+// source many at a time, sealed, and put on the out list of the connection
+// they go to, where the connection's sender (send.go) takes them. A
+// connection has a budget of bytes between queue and socket; a peer that does
+// not read stops its own jobs and nobody else's. While demand is under way the
+// background senders wait, though never longer than a floor allows.
+//
+// The client (Client) keeps every chunk wanted until it was delivered. A
+// connection that dies takes nothing with it: what it had been asked for goes
+// back into the client's queue and is asked for again when the link is back.
+// Callers only notice that it took longer.
+//
+// Invariants:
+//
+//   - Each chunk of a Fetch is delivered exactly once, with data or with an error.
+//   - No chunk is delivered from a volume whose size or content ID differs from
+//     what Open returned.
+//   - The number of chunks outstanding on a connection is at most the credit the
+//     server gave; memory on both sides follows from that and the budgets.
+//   - Nothing a peer sends makes the other side allocate more than MaxPayload
+//     before it was checked against what is outstanding.
+//   - The kernel holds little unsent data (TCP_NOTSENT_LOWAT), so what is sent
+//     next is decided here. The send buffer itself is left to the kernel: a
+//     small SO_SNDBUF would bound the window and with it the rate at a long RTT.
+//
+// Goroutines. Server.Serve starts two or three per connection (reader,
+// sender, and one per OPEN or EXTENTS under way) and one per source read under
+// way; it returns when all have ended. Dial starts one per connection
+// to be kept (the dial loop), which starts reader, sender and pinger of the
+// living connection and waits for them; Client.Close waits for all.
+//
+// Locks. Server.mu guards queue, sessions, jobs and out lists; Client.mu
+// guards the same on the other side. No other lock is taken under either,
+// no I/O and no call to a caller's function is made under either.
+package wire

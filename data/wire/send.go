@@ -1,0 +1,207 @@
+package wire
+
+import (
+	"encoding/binary"
+	"time"
+
+	"forerun/internal/chunk"
+)
+
+// sendBatch is about how much one write to the socket holds.
+const sendBatch = 64 << 10
+
+// stale is how long demand may be under way without any progress before
+// background stops waiting for it: that client is not reading.
+const stale = 500 * time.Millisecond
+
+// send writes what is due, until the connection ends. Control frames go
+// first, also between the pieces of a chunk.
+func (c *sconn) send() {
+	s := c.s
+	ping := time.NewTicker(s.o.Ping)
+	defer ping.Stop()
+	hold := time.NewTimer(time.Hour)
+	defer hold.Stop()
+	var (
+		buf  = make([]byte, 0, sendBatch+2*MaxPayload)
+		sent []*job // whole in buf
+		cur  *job   // being cut into pieces
+		off  int
+	)
+	defer func() {
+		c.nc.Close() // the reader sees it and cleans up
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if cur != nil {
+			sent = append(sent, cur)
+		}
+		s.finish(sent, false)
+	}()
+	for {
+		var wait time.Duration
+		full := false
+		s.mu.Lock()
+		if c.dead {
+			s.mu.Unlock()
+			return
+		}
+		buf = append(buf, c.ctrl...)
+		c.ctrl = c.ctrl[:0]
+		if c.pongDue {
+			c.pongDue = false
+			buf = appendFrame(buf, header{typ: tPong}, binary.BigEndian.AppendUint64(nil, c.pong))
+		}
+		leaving := c.leaving
+		if cur == nil && len(c.out) > 0 && !leaving {
+			if wait = s.yield(c); wait == 0 {
+				cur, sent, buf = c.next(sent, buf)
+				off = 0
+			}
+		}
+		more := len(c.out) > 0 && wait == 0 && !leaving
+		s.mu.Unlock()
+
+		for cur != nil && !full && !leaving {
+			buf, off = appendPiece(buf, cur, off)
+			if off == len(cur.packed.Data) {
+				sent, cur = append(sent, cur), nil
+			}
+			full = len(buf) >= sendBatch
+		}
+		if more && !full && len(buf) < sendBatch {
+			continue // there is room for the next chunk
+		}
+		if len(buf) > 0 {
+			_, err := c.tc.Write(buf)
+			if buf = buf[:0]; cap(buf) > 16*sendBatch {
+				buf = make([]byte, 0, sendBatch+2*MaxPayload) // a burst of answers passed
+			}
+			if err != nil {
+				return
+			}
+			if leaving {
+				return
+			}
+			if len(sent) > 0 {
+				s.mu.Lock()
+				c.lastData = time.Now()
+				s.finish(sent, true)
+				s.dispatch()
+				s.mu.Unlock()
+				clear(sent)
+				sent = sent[:0]
+			}
+			continue
+		}
+		if wait == 0 {
+			wait = time.Hour
+		}
+		hold.Reset(wait)
+		select {
+		case <-c.done:
+			return
+		case <-c.wake:
+		case <-hold.C:
+		case <-ping.C:
+			buf = appendFrame(buf, header{typ: tPing}, binary.BigEndian.AppendUint64(nil, c.rtt.ping()))
+		}
+	}
+}
+
+// yield says how long background on c waits for demand; 0: it may go.
+// Server.mu is held.
+func (s *Server) yield(c *sconn) time.Duration {
+	if c.role == roleDemand || s.demandBusy == 0 {
+		return 0
+	}
+	now := time.Now()
+	if now.Sub(s.lastDemand) >= stale {
+		return 0
+	}
+	if c.lastData.IsZero() {
+		c.lastData = now
+	}
+	return max(0, s.o.Floor-now.Sub(c.lastData))
+}
+
+// next takes the chunk that goes next from the out list. Chunks of zeros are
+// put into buf at once, as runs. Server.mu is held.
+func (c *sconn) next(sent []*job, buf []byte) (*job, []*job, []byte) {
+	j := c.out[0]
+	if j.packed.Codec != chunk.Zeros {
+		c.pop()
+		return j, sent, buf
+	}
+	at := len(buf)
+	buf = appendHeader(buf, header{typ: tZeros, volume: j.vol.handle, req: j.key.req})
+	body := len(buf)
+	r := run{first: j.key.index}
+	for len(c.out) > 0 && len(buf)-body+2*runLen <= MaxPayload {
+		z := c.out[0]
+		if z.packed.Codec != chunk.Zeros || z.key.req != j.key.req || z.vol != j.vol {
+			break
+		}
+		if z.key.index != r.first+r.n {
+			buf = appendRun(buf, r)
+			r = run{first: z.key.index}
+		}
+		r.n++
+		c.pop()
+		sent = append(sent, z)
+		c.s.stats.ZeroChunks++
+	}
+	buf = appendRun(buf, r)
+	binary.BigEndian.PutUint32(buf[at:], uint32(len(buf)-body))
+	return nil, sent, buf
+}
+
+func (c *sconn) pop() {
+	c.out[0].state = sending
+	c.out[0] = nil
+	if c.out = c.out[1:]; len(c.out) == 0 {
+		c.out = nil
+	}
+}
+
+// appendPiece appends the frame that carries a chunk's bytes from off on, and
+// returns where the next one begins.
+func appendPiece(buf []byte, j *job, off int) ([]byte, int) {
+	data := j.packed.Data
+	h := header{typ: tMore, volume: j.vol.handle, req: j.key.req}
+	if off == 0 {
+		n := min(len(data), MaxPayload-chunkHead)
+		h.typ, h.n = tChunk, uint32(chunkHead+n)
+		buf = appendHeader(buf, h)
+		buf = appendChunkHead(buf, &piece{index: j.key.index, plain: j.packed.Plain, packed: len(data), codec: j.packed.Codec, sig: j.packed.Sig})
+		return append(buf, data[:n]...), n
+	}
+	n := min(len(data)-off, MaxPayload-moreHead)
+	h.n = uint32(moreHead + n)
+	buf = appendHeader(buf, h)
+	buf = binary.BigEndian.AppendUint64(buf, uint64(j.key.index))
+	buf = binary.BigEndian.AppendUint32(buf, uint32(off))
+	return append(buf, data[off:off+n]...), off + n
+}
+
+// finish ends jobs that were written to the socket or, if not ok, never will
+// be. Server.mu is held.
+func (s *Server) finish(jobs []*job, ok bool) {
+	for _, j := range jobs {
+		if j.state == sending && !ok {
+			s.forget(j)
+		}
+		if j.state == sending {
+			n := int64(len(j.packed.Data))
+			if j.target.role == roleDemand {
+				s.stats.DemandBytes += n
+			} else {
+				s.stats.BackgroundBytes += n
+			}
+			s.stats.ChunksSent++
+			s.stats.PlainBytes += int64(j.packed.Plain)
+			s.forget(j)
+		}
+		j.bytes.release()
+		j.bytes = nil
+	}
+}

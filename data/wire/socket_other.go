@@ -1,0 +1,7 @@
+//go:build !linux
+
+package wire
+
+import "net"
+
+func (o SocketOptions) system(*net.TCPConn, int) {}

@@ -1,0 +1,151 @@
+package wire
+
+import (
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// ClientStats is the state of a session as its client sees it.
+type ClientStats struct {
+	Up         bool          // the demand connection is there
+	Since      time.Time     // Up is as it is since then
+	Reconnects int64         // connections that were made again
+	Conns      int           // connections that are there
+	RTTMin     time.Duration // of the demand connection, 0 before the first pong
+	RTT        time.Duration // smoothed as in RFC 6298
+	// SentBytes and ReceivedBytes are what crossed the link, below TLS, without
+	// what TCP and IP add.
+	SentBytes, ReceivedBytes int64
+	FramesReceived           int64
+	DemandBytes              int64 // packed bytes of chunks delivered that came on the demand connection
+	BackgroundBytes          int64 // packed bytes of chunks delivered that came on the others
+	PlainBytes               int64 // what these chunks hold
+	ChunksDelivered          int64
+	ZeroChunks               int64 // delivered without bytes
+	DuplicateChunks          int64 // arrived, but were not wanted any more
+	Promoted, Canceled       int64 // chunks
+	DemandOutstanding        int   // chunks asked for and not delivered
+	BackgroundOutstanding    int
+	DemandQueued             int // chunks wanted and not yet asked for
+	BackgroundQueued         int
+}
+
+// ServerStats counts what a server did and does.
+type ServerStats struct {
+	Sessions, Conns          int // now
+	SessionsBegun            int64
+	Refused                  int64 // connections that did not get through the handshake
+	Violations               int64 // connections closed because the peer broke the rules
+	SentBytes, ReceivedBytes int64 // below TLS
+	DemandAsked              int64 // chunks
+	BackgroundAsked          int64
+	Promoted, Canceled       int64
+	ChunksSent               int64
+	ZeroChunks               int64
+	PlainBytes               int64 // what the chunks sent hold
+	DemandBytes              int64 // their packed bytes, by connection
+	BackgroundBytes          int64
+	SourceReads, SourceBytes int64
+	ReadErrors               int64
+	Queued                   int // chunks waiting for a read
+	DemandReads              int // source reads under way
+	BackgroundReads          int
+}
+
+// Stats returns the counters.
+func (s *Server) Stats() ServerStats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.stats
+	st.Sessions = len(s.sessions)
+	for _, ss := range s.sessions {
+		st.Conns += ss.live
+	}
+	st.Queued = s.q.n
+	st.DemandReads, st.BackgroundReads = s.running[0], s.running[1]
+	st.SentBytes, st.ReceivedBytes = s.traffic.sent.Load(), s.traffic.received.Load()
+	return st
+}
+
+// traffic counts bytes below TLS.
+type traffic struct{ sent, received atomic.Int64 }
+
+type countedConn struct {
+	net.Conn
+	t *traffic
+}
+
+func (c *countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.t.received.Add(int64(n))
+	return n, err
+}
+
+func (c *countedConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.t.sent.Add(int64(n))
+	return n, err
+}
+
+// patientReader gives each Read a deadline of its own, so that a peer is
+// silent only while somebody listens: a reader that was busy elsewhere finds
+// what came meanwhile. Zero idle sets no deadlines.
+type patientReader struct {
+	conn net.Conn
+	idle time.Duration
+	set  time.Time
+}
+
+func (r *patientReader) Read(p []byte) (int, error) {
+	if r.idle > 0 {
+		// Moving the deadline at each read would cost more than the read.
+		if now := time.Now(); now.Sub(r.set) > r.idle/16 {
+			r.conn.SetReadDeadline(now.Add(r.idle))
+			r.set = now
+		}
+	}
+	return r.conn.Read(p)
+}
+
+// rtt estimates the round trip time of a connection from its pings.
+type rtt struct {
+	mu            sync.Mutex
+	token         uint64
+	at            time.Time
+	min, smoothed time.Duration
+}
+
+// ping returns the token of a ping sent now. Only the latest counts.
+func (r *rtt) ping() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.token++
+	r.at = time.Now()
+	return r.token
+}
+
+func (r *rtt) pong(token uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if token != r.token || r.at.IsZero() {
+		return
+	}
+	d := max(time.Since(r.at), 1)
+	r.at = time.Time{}
+	if r.min == 0 || d < r.min {
+		r.min = d
+	}
+	if r.smoothed == 0 {
+		r.smoothed = d
+	} else {
+		r.smoothed += (d - r.smoothed) / 8 // RFC 6298, section 2.3
+	}
+}
+
+func (r *rtt) get() (min, smoothed time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.min, r.smoothed
+}

@@ -1,0 +1,301 @@
+package wire
+
+import (
+	"slices"
+	"time"
+
+	"forerun/block"
+	"forerun/internal/chunk"
+)
+
+// job is one chunk somebody asked for, at the server.
+//
+//	queued → running → ready → sending → gone
+//
+// drop ends it from any state; who holds its bytes then (the reader of a
+// running one, the sender of a sending one) gives them back.
+type job struct {
+	item   item
+	key    jobKey
+	sess   *session
+	charge *sconn // counts it as outstanding; nil when that connection is gone
+	target *sconn // the connection it goes out on
+	vol    *servedVolume
+	flags  block.Flags
+	state  jobState
+	packed chunk.Packed
+	bytes  *lease // that packed.Data lies in
+}
+
+type jobKey struct {
+	req   uint64
+	index int64
+}
+
+type jobState uint8
+
+const (
+	queued jobState = iota
+	running
+	ready
+	sending
+	gone
+)
+
+func (j *job) plain() int { return j.vol.length(j.key.index) }
+
+// A connection's budget: plain bytes that may be between queue and socket.
+// Enough to hide the source's latency, small enough that a slow peer holds
+// little memory and that little background stands ahead of a change of mind.
+const (
+	budgetDemand     = 8 << 20
+	budgetBackground = 4 << 20
+	// maxDemandRead is smaller than maxRead: what belongs to one read is sealed
+	// one after the other, which demand would wait for.
+	maxDemandRead = 256 << 10
+)
+
+// ask makes a job, or, when the client asks again after it lost a connection,
+// points the one that is there to c. Server.mu is held.
+func (s *Server) ask(c *sconn, v *servedVolume, req uint64, index int64, f block.Flags) {
+	k := jobKey{req, index}
+	ss := c.sess
+	if j := ss.jobs[k]; j != nil && j.state != sending {
+		if j.charge != c {
+			if j.charge != nil {
+				j.charge.outstanding--
+			}
+			j.charge = c
+			c.outstanding++
+		}
+		s.retarget(j, c, levelOf(f))
+		return
+	}
+	j := &job{key: k, sess: ss, charge: c, vol: v, flags: f}
+	j.item = item{level: levelOf(f), volume: v.handle, index: index, of: j}
+	ss.jobs[k] = j // one that is being sent on a dying connection loses its place
+	c.outstanding++
+	to := c
+	if c.role == roleDemand {
+		s.stats.DemandAsked++
+	} else {
+		s.stats.BackgroundAsked++
+		if _, ok := ss.early[k]; ok {
+			delete(ss.early, k)
+			if d := ss.conns[0]; d != nil {
+				to, j.item.level = d, levelOf(block.Demand)
+				s.stats.Promoted++
+			}
+		}
+	}
+	s.aim(j, to)
+	s.q.push(&to.own, &j.item, false)
+}
+
+// aim sets the connection a job goes out on and keeps count of demand.
+func (s *Server) aim(j *job, to *sconn) {
+	if j.target != nil {
+		if j.target.role == roleDemand {
+			s.demandLess()
+		}
+		if j.state != queued {
+			j.target.inflight -= j.plain()
+		}
+	}
+	if j.target = to; to == nil {
+		return
+	}
+	if to.role == roleDemand {
+		s.demandBusy++
+		s.lastDemand = time.Now()
+	}
+	if j.state != queued {
+		to.inflight += j.plain()
+	}
+}
+
+// demandLess counts one demand job less; with the last one background may go on.
+func (s *Server) demandLess() {
+	s.lastDemand = time.Now()
+	if s.demandBusy--; s.demandBusy > 0 {
+		return
+	}
+	for _, ss := range s.sessions {
+		for _, c := range ss.conns[1:] {
+			if c != nil && len(c.out) > 0 {
+				c.poke()
+			}
+		}
+	}
+}
+
+// retarget moves a job to another connection and level, wherever it is by now.
+func (s *Server) retarget(j *job, to *sconn, level uint8) {
+	if j.target == to && j.item.level <= level {
+		return
+	}
+	switch j.state {
+	case queued:
+		s.q.remove(&j.item)
+		j.item.level = level
+		s.aim(j, to)
+		s.q.push(&to.own, &j.item, false)
+	case running:
+		s.aim(j, to)
+	case ready:
+		if i := slices.Index(j.target.out, j); i >= 0 {
+			j.target.out = slices.Delete(j.target.out, i, i+1)
+		}
+		s.aim(j, to)
+		to.out = append(to.out, j)
+		to.poke()
+	}
+}
+
+// drop ends a job that is no longer wanted.
+func (s *Server) drop(j *job) {
+	switch j.state {
+	case gone:
+		return
+	case queued:
+		s.q.remove(&j.item)
+	case ready:
+		if i := slices.Index(j.target.out, j); i >= 0 {
+			j.target.out = slices.Delete(j.target.out, i, i+1)
+		}
+		j.bytes.release()
+		j.bytes = nil
+	}
+	s.forget(j)
+}
+
+// forget takes a job out of all counts.
+func (s *Server) forget(j *job) {
+	if j.charge != nil {
+		j.charge.outstanding--
+		j.charge = nil
+	}
+	s.aim(j, nil)
+	j.state = gone
+	if j.sess.jobs[j.key] == j {
+		delete(j.sess.jobs, j.key)
+	}
+}
+
+// mayGo says how many chunks of a connection's next run may be read now.
+func mayGo(o *owner, it *item) int {
+	c := o.of.(*sconn)
+	budget, most := budgetBackground, maxRead
+	if c.role == roleDemand {
+		budget, most = budgetDemand, maxDemandRead
+	}
+	if c.inflight >= budget {
+		return 0
+	}
+	return max(1, most/it.of.(*job).vol.chunk)
+}
+
+// dispatch starts as many reads as may run. Server.mu is held. It is called
+// whenever something changed that could let one more start.
+func (s *Server) dispatch() {
+	for s.running[0]+s.running[1] < s.o.Workers {
+		class := 0
+		s.scratch = s.q.take(s.scratch[:0], 0, 2, mayGo)
+		if len(s.scratch) == 0 && s.running[1] < max(1, s.o.Workers*3/4) {
+			class = 1
+			s.scratch = s.q.take(s.scratch, 2, numLevels, mayGo)
+		}
+		if len(s.scratch) == 0 {
+			return
+		}
+		batch := make([]*job, len(s.scratch))
+		for i, it := range s.scratch {
+			j := it.of.(*job)
+			j.state = running
+			j.target.inflight += j.plain()
+			batch[i] = j
+		}
+		s.running[class]++
+		c := batch[0].target
+		c.wg.Go(func() {
+			s.work(c, batch, class)
+			s.mu.Lock()
+			s.running[class]--
+			s.dispatch()
+			s.mu.Unlock()
+		})
+	}
+}
+
+// work reads a run of chunks and seals each.
+func (s *Server) work(c *sconn, batch []*job, class int) {
+	v, first := batch[0].vol, batch[0].key.index
+	total := 0
+	for _, j := range batch {
+		total += j.plain()
+	}
+	buf := s.leases.get(total)
+	defer buf.release()
+	plain := buf.b[:total]
+	err := v.dev.ReadAt(c.ctx, plain, first*int64(v.chunk), batch[0].flags)
+	s.mu.Lock()
+	s.stats.SourceReads++
+	s.stats.SourceBytes += int64(total)
+	s.mu.Unlock()
+	for i, j := range batch {
+		at := i * v.chunk
+		p := plain[at : at+v.length(j.key.index)]
+		e := err
+		if err != nil && len(batch) > 1 {
+			// One bad chunk must not fail its neighbours.
+			e = v.dev.ReadAt(c.ctx, p, j.key.index*int64(v.chunk), j.flags)
+		}
+		if e != nil {
+			s.unreadable(j, e)
+			continue
+		}
+		s.seal(j, p, buf, class)
+	}
+}
+
+func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
+	if class == 1 {
+		s.seals <- struct{}{}
+		defer func() { <-s.seals }()
+	}
+	// Incompressible chunks are not probed for: zstd's fastest level gives up on
+	// them after a quarter of the time their signature takes.
+	out := s.leases.get(len(plain))
+	p := chunk.Seal(out.b, plain, s.o.Codec)
+	switch p.Codec {
+	case chunk.Zeros:
+		out.release()
+		out = nil
+	case chunk.Raw:
+		out.release()
+		buf.retain()
+		out = buf
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if j.state != running {
+		out.release()
+		return
+	}
+	j.state, j.packed, j.bytes = ready, p, out
+	j.target.out = append(j.target.out, j)
+	j.target.poke()
+}
+
+func (s *Server) unreadable(j *job, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if j.state != running {
+		return
+	}
+	s.stats.ReadErrors++
+	e := wireError{kind: block.KindOf(err), runs: []run{{j.key.index, 1}}, text: err.Error()}
+	c := j.target
+	s.forget(j)
+	c.sayLocked(appendError(nil, j.vol.handle, j.key.req, e))
+}
