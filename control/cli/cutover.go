@@ -94,7 +94,7 @@ func followCutover(ctx context.Context, c *client.Client, volume string, w io.Wr
 		switch v.Cutover.State {
 		case "switched":
 			return v, nil
-		case "not-converging", "failed", "canceled", "idle":
+		case "not-converging", "failed", "canceled", "stopped", "idle":
 			text := v.Cutover.Error
 			if text == "" {
 				text = "the source is primary"

@@ -1,0 +1,199 @@
+// Package backend is the daemon beside the source disk: it owns the disk,
+// verifies who calls, and sends chunks, what is waited for first.
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"forerun/api"
+	"forerun/api/serve"
+	"forerun/block"
+	"forerun/daemon"
+	"forerun/data/source"
+	"forerun/data/wire"
+	"forerun/disk"
+	"forerun/internal/chunk"
+	"forerun/internal/pki"
+	"forerun/internal/version"
+)
+
+// Config is what the daemon is told.
+type Config struct {
+	PKI      string // directory with ca.crt, NAME.crt, NAME.key
+	Name     string // the node's, as in its certificate
+	StateDir string
+	Listen   string // HOST:PORT
+	Volumes  []Volume
+	// ChunkBytes is the chunk size of all volumes, 0 for chunk.DefaultSize.
+	ChunkBytes int
+	Log        *slog.Logger
+}
+
+// Volume names a source.
+type Volume struct {
+	Name   string
+	Source string // what source.Open takes
+}
+
+// ParseVolume reads NAME=SOURCE.
+func ParseVolume(s string) (Volume, error) {
+	name, src, ok := strings.Cut(s, "=")
+	if !ok || name == "" || src == "" {
+		return Volume{}, fmt.Errorf("--volume %q is not NAME=SOURCE; example: web=/srv/images/web.raw", s)
+	}
+	if strings.ContainsAny(name, "/\x00") || len(name) > 255 {
+		return Volume{}, fmt.Errorf("--volume %q: a volume's name has no slash and at most 255 bytes", name)
+	}
+	return Volume{name, src}, nil
+}
+
+// Backend is the daemon.
+type Backend struct {
+	cfg     Config
+	started time.Time
+	open    map[string]*served // set before anything reads it
+	names   []string
+	server  *wire.Server
+	addr    string
+}
+
+type served struct {
+	spec Volume
+	dev  block.Device
+}
+
+// New checks cfg and returns the daemon, which has done nothing yet.
+func New(cfg Config) (*Backend, error) {
+	if len(cfg.Volumes) == 0 {
+		return nil, errors.New("no volume is given; say --volume NAME=SOURCE")
+	}
+	if cfg.ChunkBytes == 0 {
+		cfg.ChunkBytes = chunk.DefaultSize
+	}
+	if c := cfg.ChunkBytes; c < chunk.MinSize || c > chunk.MaxSize || c&(c-1) != 0 {
+		return nil, fmt.Errorf("chunk size %d is not a power of two between %d and %d", c, chunk.MinSize, chunk.MaxSize)
+	}
+	return &Backend{cfg: cfg, open: map[string]*served{}}, nil
+}
+
+// Run serves until ctx ends, then closes everything in order.
+func (b *Backend) Run(ctx context.Context) (err error) {
+	log := b.cfg.Log
+	b.started = time.Now()
+	lock, err := daemon.Own(disk.OS(), b.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	tlsConfig, err := pki.ServerTLS(b.cfg.PKI, b.cfg.Name, pki.RoleFrontend)
+	if err != nil {
+		return err
+	}
+	if err := b.openSources(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.closeSources()) }()
+	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", b.cfg.Listen)
+	if err != nil {
+		return block.E("listen", b.cfg.Listen, block.KindNone, err)
+	}
+	defer ln.Close()
+	b.addr = ln.Addr().String()
+	server, err := wire.NewServer(wire.ServerOptions{TLS: tlsConfig, Log: log, Node: b.cfg.Name, Lookup: b.lookup})
+	if err != nil {
+		return err
+	}
+	b.server = server
+	handler := serve.Handler(b, nil, version.String(), daemon.Metrics(b.Volumes))
+	log.Info("backend serves", "listen", b.addr, "volumes", b.names, "version", version.String())
+	daemon.Ready(log, "serving on "+b.addr)
+	defer daemon.Stopping()
+	return daemon.Tree(ctx,
+		func(ctx context.Context) error { return b.server.Serve(ctx, ln) },
+		func(ctx context.Context) error { return serve.Run(ctx, b.cfg.StateDir, handler) },
+	)
+}
+
+func (b *Backend) openSources(ctx context.Context) error {
+	for _, v := range b.cfg.Volumes {
+		if b.open[v.Name] != nil {
+			return errors.Join(fmt.Errorf("volume %s is given twice", v.Name), b.closeSources())
+		}
+		dev, err := source.Open(ctx, v.Source, source.Options{
+			Log:      b.cfg.Log.With("volume", v.Name),
+			StateDir: filepath.Join(b.cfg.StateDir, "sources"),
+		})
+		if err != nil {
+			return errors.Join(fmt.Errorf("volume %s: %w", v.Name, err), b.closeSources())
+		}
+		b.open[v.Name] = &served{spec: v, dev: block.NewChecked("source "+v.Name, dev)}
+		b.names = append(b.names, v.Name)
+		i := dev.Info()
+		b.cfg.Log.Info("source is owned", "volume", v.Name, "source", v.Source, "size", i.Size, "read_only", i.ReadOnly)
+	}
+	slices.Sort(b.names)
+	return nil
+}
+
+func (b *Backend) closeSources() error {
+	var errs []error
+	for _, s := range b.open {
+		errs = append(errs, s.dev.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (b *Backend) lookup(volume string) (block.Device, int, error) {
+	s := b.open[volume]
+	if s == nil {
+		return nil, 0, block.E("open", volume, block.KindNotFound,
+			fmt.Errorf("this backend has no such volume; it has %s", strings.Join(b.names, ", ")))
+	}
+	return s.dev, b.cfg.ChunkBytes, nil
+}
+
+// Node is serve.Daemon.
+func (b *Backend) Node() api.Node {
+	return api.Node{Name: b.cfg.Name, Role: api.RoleBackend, Version: version.String(),
+		UptimeS: int64(time.Since(b.started).Seconds()), Listen: b.addr}
+}
+
+// Volumes is serve.Daemon.
+func (b *Backend) Volumes() []api.Volume {
+	out := make([]api.Volume, 0, len(b.names))
+	for _, n := range b.names {
+		out = append(out, b.status(b.open[n]))
+	}
+	return out
+}
+
+// Volume is serve.Daemon.
+func (b *Backend) Volume(name string) (api.Volume, error) {
+	s := b.open[name]
+	if s == nil {
+		_, _, err := b.lookup(name)
+		return api.Volume{}, err
+	}
+	return b.status(s), nil
+}
+
+func (b *Backend) status(s *served) api.Volume {
+	i := s.dev.Info()
+	st := b.server.Stats()
+	return api.Volume{
+		Volume: s.spec.Name, Role: api.RoleBackend, Phase: api.PhaseServing, Primary: api.PrimarySource,
+		SizeBytes: i.Size, ChunkBytes: int64(b.cfg.ChunkBytes), Source: s.spec.Source, ReadOnly: i.ReadOnly,
+		Clients: st.Sessions,
+		WAN: api.WAN{DemandBytes: st.DemandBytes, BackgroundBytes: st.BackgroundBytes, SentBytes: st.SentBytes,
+			ReceivedBytes: st.ReceivedBytes, Connected: st.Sessions > 0},
+		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"},
+	}
+}

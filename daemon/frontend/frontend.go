@@ -1,0 +1,354 @@
+package frontend
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"forerun/api"
+	"forerun/api/serve"
+	"forerun/block"
+	"forerun/daemon"
+	"forerun/data/cache"
+	"forerun/data/export/nbd"
+	"forerun/data/stack"
+	"forerun/data/store"
+	"forerun/data/wire"
+	"forerun/disk"
+	"forerun/internal/pki"
+	"forerun/internal/version"
+)
+
+// Frontend is the daemon.
+type Frontend struct {
+	cfg     Config
+	fs      disk.FS
+	log     *slog.Logger
+	started time.Time
+
+	store  *store.Store
+	memory *cache.Memory
+	nbd    *nbd.Server
+
+	mu      sync.Mutex
+	volumes map[string]*stack.Volume // guarded by mu: those that are open
+	client  *wire.Client             // guarded by mu: nil until the backend has answered
+	problem string                   // guarded by mu: why the backend has not
+	uris    []string                 // guarded by mu: what is listened on
+
+	rates rates
+}
+
+// New checks cfg and returns the daemon, which has done nothing yet.
+func New(cfg Config) (*Frontend, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{}}, nil
+}
+
+// Run serves until ctx ends, then closes everything in order: exports, then
+// volumes, then the store.
+func (f *Frontend) Run(ctx context.Context) (err error) {
+	f.started = time.Now()
+	lock, err := daemon.Own(f.fs, f.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	clientTLS, err := pki.ClientTLS(f.cfg.PKI, f.cfg.Name, pki.RoleBackend)
+	if err != nil {
+		return err
+	}
+	nbdTLS, err := f.exportTLS()
+	if err != nil {
+		return err
+	}
+	if f.store, err = store.Open(f.fs, filepath.Join(f.cfg.StateDir, "store"), store.Options{Log: f.log}); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.store.Close()) }()
+	f.memory = cache.NewMemory(f.cfg.MemoryBytes)
+	f.nbd = nbd.NewServer(nbd.Options{Exports: f, TLS: nbdTLS, Near: near, Log: f.log})
+	defer func() { err = errors.Join(err, f.closeVolumes()) }()
+
+	handler := serve.Handler(f, f, version.String(), daemon.Metrics(f.Volumes))
+	f.log.Info("frontend starts", "backend", f.cfg.Backend, "volumes", f.cfg.Volumes, "version", version.String())
+	defer daemon.Stopping()
+	return daemon.Tree(ctx,
+		func(ctx context.Context) error { return serve.Run(ctx, f.cfg.StateDir, handler) },
+		func(ctx context.Context) error { return f.serve(ctx, clientTLS) },
+	)
+}
+
+// exportTLS are the settings of nbds listeners, nil when there is none.
+func (f *Frontend) exportTLS() (*tls.Config, error) {
+	for _, e := range f.cfg.Exports {
+		if strings.HasPrefix(e, "nbds") {
+			return pki.NBDServerTLS(f.cfg.PKI, f.cfg.Name, f.cfg.VerifyClients)
+		}
+	}
+	return nil, nil
+}
+
+// near asks the volume behind dev whether a read needs the link.
+func near(dev block.Device, off, n int64) bool {
+	v, ok := dev.(*stack.Volume)
+	return ok && v.Near(off, n)
+}
+
+// serve opens the volumes, those known from before at once and new ones when
+// the backend has described them, and then the exports: a client that can
+// connect finds its disk.
+func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
+	for _, name := range f.cfg.Volumes {
+		meta, err := stack.ReadMeta(f.fs, f.volumeDir(name))
+		if block.KindOf(err) == block.KindNotFound {
+			continue
+		}
+		if err == nil {
+			err = f.openVolume(ctx, meta)
+		}
+		if err != nil {
+			return fmt.Errorf("volume %s: %w", name, err)
+		}
+	}
+	if f.allOpen() {
+		// A restart: what is held is served even if the backend is away.
+		return daemon.Tree(ctx, f.exports, func(ctx context.Context) error { return f.connect(ctx, clientTLS, nil) })
+	}
+	opened := make(chan struct{})
+	return daemon.Tree(ctx,
+		func(ctx context.Context) error { return f.connect(ctx, clientTLS, opened) },
+		func(ctx context.Context) error {
+			select {
+			case <-opened:
+				return f.exports(ctx)
+			case <-ctx.Done():
+				return nil
+			}
+		})
+}
+
+func (f *Frontend) allOpen() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.volumes) == len(f.cfg.Volumes)
+}
+
+func (f *Frontend) volumeDir(name string) string {
+	return filepath.Join(f.cfg.StateDir, "volumes", url.PathEscape(name))
+}
+
+func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
+	log := f.log.With("volume", meta.Volume)
+	v, err := stack.Open(ctx, meta, stack.Options{
+		FS: f.fs, Dir: f.volumeDir(meta.Volume),
+		ScratchDir: filepath.Join(f.cfg.StateDir, "scratch", url.PathEscape(meta.Volume)),
+		Store:      f.store, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
+		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit,
+		Reserved: []string{f.cfg.StateDir}, OnSwitched: f.switched, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	f.volumes[meta.Volume] = v
+	f.mu.Unlock()
+	log.Info("volume is open", "size", meta.SizeBytes, "chunk", meta.ChunkBytes, "primary", v.Status().Primary)
+	return nil
+}
+
+// connect reaches the backend, however long that takes, and gives each volume
+// its far end. It opens the volumes that are new and closes opened when all
+// are. A refused certificate at the first start is an error: waiting would not
+// help.
+func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, opened chan struct{}) error {
+	if opened == nil && !f.needsBackend() {
+		<-ctx.Done()
+		return nil
+	}
+	client, err := f.dial(ctx, clientTLS, opened != nil)
+	if client == nil {
+		return err
+	}
+	defer client.Close()
+	for _, name := range f.cfg.Volumes {
+		if err := f.attach(ctx, client, name); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("volume %s: %w", name, err)
+		}
+	}
+	f.setProblem("")
+	if opened != nil {
+		close(opened)
+	}
+	<-ctx.Done()
+	return nil
+}
+
+func (f *Frontend) needsBackend() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, v := range f.volumes {
+		if !v.Switched() {
+			return true
+		}
+	}
+	return false
+}
+
+// switched hangs up on the backend when no volume needs it any more.
+func (f *Frontend) switched() {
+	if f.needsBackend() {
+		return
+	}
+	f.mu.Lock()
+	c := f.client
+	f.client = nil
+	f.mu.Unlock()
+	if c != nil {
+		_ = c.Close() // what it may fail with concerns nobody now
+		f.log.Info("no volume needs the backend any more")
+	}
+}
+
+func (f *Frontend) setProblem(s string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.problem = s
+}
+
+func (f *Frontend) dial(ctx context.Context, clientTLS *tls.Config, first bool) (*wire.Client, error) {
+	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
+		c, err := wire.Dial(ctx, wire.ClientOptions{Addr: f.cfg.Backend, TLS: clientTLS, Node: f.cfg.Name,
+			BackgroundConns: f.cfg.BackgroundConns, Log: f.log})
+		if err == nil {
+			f.mu.Lock()
+			f.client = c
+			f.mu.Unlock()
+			return c, nil
+		}
+		if ctx.Err() != nil {
+			return nil, nil
+		}
+		if k := block.KindOf(err); first && (k == block.KindDenied || k == block.KindInvalid || k == block.KindUnsupported) {
+			return nil, err
+		}
+		if f.currentProblem() == "" {
+			f.log.Warn("the backend cannot be reached; trying on", "backend", f.cfg.Backend, "err", err)
+		}
+		f.setProblem("the backend cannot be reached: " + err.Error())
+		select {
+		case <-ctx.Done():
+			return nil, nil
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (f *Frontend) currentProblem() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.problem
+}
+
+func (f *Frontend) attach(ctx context.Context, client *wire.Client, name string) error {
+	v := f.volume(name)
+	if v != nil && v.Switched() {
+		return nil
+	}
+	remote, err := client.Open(ctx, name)
+	if err != nil {
+		return err
+	}
+	if v == nil {
+		meta, err := stack.Create(f.fs, f.volumeDir(name), name, remote)
+		if err != nil {
+			return err
+		}
+		if err := f.openVolume(ctx, meta); err != nil {
+			return err
+		}
+		v = f.volume(name)
+	}
+	return v.Attach(remote)
+}
+
+func (f *Frontend) volume(name string) *stack.Volume {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.volumes[name]
+}
+
+func (f *Frontend) closeVolumes() error {
+	f.mu.Lock()
+	vols := f.volumes
+	f.volumes = map[string]*stack.Volume{}
+	f.mu.Unlock()
+	var errs []error
+	for _, v := range vols {
+		errs = append(errs, v.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// exports listens and serves NBD.
+func (f *Frontend) exports(ctx context.Context) error {
+	var lns []*nbd.Listener
+	for _, e := range f.cfg.Exports {
+		ln, err := f.nbd.Listen(e)
+		if err != nil {
+			for _, l := range lns {
+				l.Close()
+			}
+			return err
+		}
+		lns = append(lns, ln)
+	}
+	f.mu.Lock()
+	for _, l := range lns {
+		f.uris = append(f.uris, l.URI())
+	}
+	f.mu.Unlock()
+	daemon.Ready(f.log, "serving "+strings.Join(f.cfg.Volumes, ", "))
+	return f.nbd.Serve(ctx, lns...)
+}
+
+// Lookup is nbd.Exports. The empty name is the only volume, if there is one.
+func (f *Frontend) Lookup(name string) (block.Device, string, error) {
+	if name == "" && len(f.cfg.Volumes) == 1 {
+		name = f.cfg.Volumes[0]
+	}
+	v := f.volume(name)
+	if v == nil {
+		if slices.Contains(f.cfg.Volumes, name) {
+			return nil, "", block.E("export", name, block.KindUnavailable, errors.New("the volume is not open yet"))
+		}
+		return nil, "", block.E("export", name, block.KindNotFound,
+			fmt.Errorf("there is no such volume; there is %s", strings.Join(f.cfg.Volumes, ", ")))
+	}
+	v.Seen()
+	return v, "volume " + name + " of " + f.cfg.Name, nil
+}
+
+// List is nbd.Exports.
+func (f *Frontend) List() []string { return f.cfg.Volumes }
+
+// Node is serve.Daemon.
+func (f *Frontend) Node() api.Node {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return api.Node{Name: f.cfg.Name, Role: api.RoleFrontend, Version: version.String(),
+		UptimeS: int64(time.Since(f.started).Seconds()), Backend: f.cfg.Backend, Exports: f.uris}
+}
