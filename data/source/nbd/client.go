@@ -176,7 +176,7 @@ func (cl *Client) ask(ctx context.Context, op string, r *request) error {
 		if err := ctx.Err(); err != nil {
 			return block.E("source."+op, cl.target.URI, block.KindCanceled, err)
 		}
-		c, err := cl.pick(ctx, r.cmd == p.CmdFlush)
+		c, err := cl.pick(ctx, op, r.cmd == p.CmdFlush)
 		if err != nil {
 			return err
 		}

@@ -172,7 +172,7 @@ func (cl *Client) broadcast() {
 }
 
 // pick waits for a live connection and returns the least loaded one, or the oldest.
-func (cl *Client) pick(ctx context.Context, oldest bool) (*conn, error) {
+func (cl *Client) pick(ctx context.Context, op string, oldest bool) (*conn, error) {
 	for {
 		cl.mu.Lock()
 		if cl.fatal != nil {
@@ -193,14 +193,14 @@ func (cl *Client) pick(ctx context.Context, oldest bool) (*conn, error) {
 			return best, nil
 		}
 		if cl.ctx.Err() != nil {
-			return nil, block.E("source", cl.target.URI, block.KindClosed, errClosed)
+			return nil, block.E("source."+op, cl.target.URI, block.KindClosed, errClosed)
 		}
 		var expired <-chan time.Time
 		if cl.opt.ReconnectTimeout > 0 {
 			left := cl.opt.ReconnectTimeout - time.Since(since)
 			if left <= 0 {
-				return nil, block.E("source", cl.target.URI, block.KindUnavailable,
-					fmt.Errorf("the NBD server has been out of reach for %v: %w", time.Since(since).Round(time.Second), why))
+				return nil, block.E("source."+op, cl.target.URI, block.KindUnavailable,
+					fmt.Errorf("the NBD server has been out of reach for %v: %w", time.Since(since).Round(time.Millisecond), why))
 			}
 			t := time.NewTimer(left)
 			defer t.Stop()
@@ -212,7 +212,7 @@ func (cl *Client) pick(ctx context.Context, oldest bool) (*conn, error) {
 			if why != nil {
 				err = fmt.Errorf("%w while the NBD server is out of reach: %w", err, why)
 			}
-			return nil, block.E("source", cl.target.URI, block.KindCanceled, err)
+			return nil, block.E("source."+op, cl.target.URI, block.KindCanceled, err)
 		case <-expired:
 		case <-changed:
 		case <-cl.ctx.Done():
