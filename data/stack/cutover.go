@@ -250,6 +250,11 @@ func (v *Volume) cutoverStatus() api.Cutover {
 	c := api.Cutover{State: string(s.State), Target: s.Target, Error: s.Reason, Rounds: len(s.Rounds),
 		ChangesetBytes: s.Changeset, CopiedBytes: s.Copied, ThresholdBytes: s.Threshold,
 		RateBytes: s.Rate, ETAS: int64(s.ETA.Seconds())}
+	if c.Target == "" {
+		v.cutover.mu.Lock()
+		c.Target = v.asked
+		v.cutover.mu.Unlock()
+	}
 	for _, r := range s.Rounds {
 		c.RoundBytes = append(c.RoundBytes, r.Bytes)
 	}
@@ -266,11 +271,11 @@ func (v *Volume) cutoverStatus() api.Cutover {
 	v.cutover.mu.Lock()
 	defer v.cutover.mu.Unlock()
 	if v.waiting != "" {
-		c.State, c.Error, c.Target = "waiting", v.waiting, v.asked
+		c.State, c.Error = "waiting", v.waiting
 	} else if v.running {
 		switch s.State {
 		case converge.Idle, converge.Failed, converge.Stopped, converge.NotConverging: // the job has not begun, or has just ended
-			c.State, c.Error, c.Target = "copying", "", v.asked
+			c.State, c.Error = "copying", ""
 		}
 	}
 	return c
