@@ -3,7 +3,9 @@ package nbd
 import (
 	"io"
 	"net"
+	"os"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -12,22 +14,31 @@ import (
 // socket is the transport over a plain socket. It makes the system calls
 // itself: several replies go with one writev, and a read looks again for a
 // moment before it sleeps, because at depth 1 the next request follows the
-// reply by a few microseconds while sleeping and waking cost more.
+// reply by a few microseconds while sleeping and waking cost more (the kernel
+// does the same with net.core.busy_read, KVM with halt_poll_ns).
+//
+// The descriptor is not in the runtime's poller, which would wake a thread for
+// every request that arrives while the leader looks for it or serves another.
+// Only who goes to sleep asks to be woken; see sleeper.
 type socket struct {
-	nc  net.Conn
-	raw syscall.RawConn
+	mu     sync.RWMutex // held for reading by stop and kill, for writing by close
+	fd     int          // -1 when closed
+	closed bool         // guarded by mu
 
 	// Of the reader.
-	in     []byte
-	n      int
-	rerr   error
-	reader func(fd uintptr) bool // made once, so that a read does not allocate
-	eager  int                   // how often looking again paid off lately
+	in    []byte
+	n     int
+	rerr  error
+	awake sleeper
+	eager int // how often looking again paid off lately
+	try   func(uintptr) bool
 
 	// Of the sender.
-	iov    []syscall.Iovec
-	werr   error
-	writer func(fd uintptr) bool
+	iov   []syscall.Iovec
+	left  []syscall.Iovec
+	werr  error
+	space sleeper
+	push  func(uintptr) bool
 }
 
 const (
@@ -37,11 +48,11 @@ const (
 	eagerMax = 16
 	// maxIovec is what the kernel takes in one writev (UIO_MAXIOV).
 	maxIovec = 1024
-	// buffered is what a socket is asked to buffer in each direction, in bytes.
+	// buffered is what a Unix socket is asked to buffer, in bytes.
 	buffered = 1 << 20
 )
 
-// newTransport picks the transport for a connection.
+// newTransport picks the transport for a connection and owns it from then on.
 func newTransport(nc net.Conn) transport {
 	var raw syscall.RawConn
 	var err error
@@ -50,92 +61,110 @@ func newTransport(nc net.Conn) transport {
 		_ = c.SetWriteBuffer(buffered)
 		raw, err = c.SyscallConn()
 	case *net.TCPConn:
-		// TCP sizes its buffers itself; requests and replies are small and must not wait.
+		// TCP sizes its buffers itself; small replies must not wait.
 		_ = c.SetNoDelay(true)
 		raw, err = c.SyscallConn()
 	}
 	if raw == nil || err != nil {
 		return &stream{nc: nc}
 	}
-	s := &socket{nc: nc, raw: raw, eager: eagerMax / 2}
-	s.reader = s.tryRead
-	s.writer = s.tryWrite
+	s := &socket{fd: -1, eager: eagerMax / 2}
+	_ = raw.Control(func(fd uintptr) {
+		n, _, e := syscall.Syscall(syscall.SYS_FCNTL, fd, syscall.F_DUPFD_CLOEXEC, 0)
+		if e == 0 {
+			s.fd = int(n)
+		}
+	})
+	if s.fd < 0 || s.awake.init(s.fd, syscall.EPOLLIN|syscall.EPOLLRDHUP) != nil {
+		s.awake.close()
+		if s.fd >= 0 {
+			_ = syscall.Close(s.fd)
+		}
+		return &stream{nc: nc}
+	}
+	_ = nc.Close()
+	if runtime.GOMAXPROCS(0) == 1 {
+		s.eager = never
+	}
+	s.try = func(uintptr) bool { return s.receive() }
+	s.push = func(uintptr) bool { return s.transmit() }
 	return s
 }
 
-func (s *socket) tryRead(fd uintptr) bool {
-	var until time.Time
+const never = -1 << 30 // an eager that does not come back
+
+// receive says whether the read is over, with bytes or with an error.
+func (s *socket) receive() bool {
 	for {
 		// MSG_DONTWAIT: the call returns at once, so the scheduler need not know of it.
-		n, _, e := syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(unsafe.SliceData(s.in))),
+		n, _, e := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(s.in))),
 			uintptr(len(s.in)), syscall.MSG_DONTWAIT, 0, 0)
-		switch {
-		case e == 0:
+		switch e {
+		case 0:
 			s.n, s.rerr = int(n), nil
 			if n == 0 {
 				s.rerr = io.EOF
 			}
-			if !until.IsZero() {
-				s.eager = min(s.eager+1, eagerMax)
-			}
 			return true
-		case e == syscall.EINTR:
-			continue
-		case e != syscall.EAGAIN:
+		case syscall.EINTR:
+		case syscall.EAGAIN:
+			return false
+		default:
 			s.n, s.rerr = 0, e
 			return true
-		}
-		if s.eager <= 0 {
-			// Slept: when that turns out to have been short, looking pays off again.
-			return false
-		}
-		if until.IsZero() {
-			until = time.Now().Add(lookFor)
-		} else if time.Now().After(until) {
-			s.eager--
-			return false
 		}
 	}
 }
 
 func (s *socket) read(p []byte) (int, error) {
 	s.in = p
-	var slept time.Time
-	if s.eager <= 0 {
-		slept = time.Now()
+	defer func() { s.in = nil }()
+	if s.receive() {
+		return s.n, s.rerr
 	}
-	if err := s.raw.Read(s.reader); err != nil {
+	began := time.Now()
+	if s.eager > 0 {
+		for time.Since(began) < lookFor {
+			if s.receive() {
+				s.eager = min(s.eager+1, eagerMax)
+				return s.n, s.rerr
+			}
+		}
+		s.eager--
+	}
+	if err := s.awake.sleep(s.try); err != nil {
 		return 0, err
 	}
-	if !slept.IsZero() && time.Since(slept) < lookFor {
-		s.eager = 2
+	if s.eager == 0 && time.Since(began) < 2*lookFor {
+		s.eager = 2 // it would have paid off to look
 	}
-	s.in = nil
 	return s.n, s.rerr
 }
 
-func (s *socket) tryWrite(fd uintptr) bool {
-	for len(s.iov) > 0 {
-		n := min(len(s.iov), maxIovec)
-		w, _, e := syscall.Syscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&s.iov[0])), uintptr(n))
-		if e != 0 {
-			switch e {
-			case syscall.EINTR:
-				continue
-			case syscall.EAGAIN:
-				return false
-			}
+// transmit says whether the send is over, with all sent or with an error.
+func (s *socket) transmit() bool {
+	for len(s.left) > 0 {
+		n := min(len(s.left), maxIovec)
+		w, _, e := syscall.Syscall(syscall.SYS_WRITEV, uintptr(s.fd), uintptr(unsafe.Pointer(&s.left[0])), uintptr(n))
+		switch e {
+		case 0:
+		case syscall.EINTR:
+			continue
+		case syscall.EAGAIN:
+			return false
+		default:
 			s.werr = e
 			return true
 		}
-		left := uint64(w)
-		for len(s.iov) > 0 && left >= s.iov[0].Len {
-			left -= s.iov[0].Len
-			s.iov = s.iov[1:]
-		}
-		if left > 0 {
-			s.iov[0].Base = (*byte)(unsafe.Add(unsafe.Pointer(s.iov[0].Base), left))
-			s.iov[0].Len -= left
+		for done := uint64(w); done > 0; {
+			v := &s.left[0]
+			if done < v.Len {
+				v.Base = (*byte)(unsafe.Add(unsafe.Pointer(v.Base), done))
+				v.Len -= done
+				break
+			}
+			done -= v.Len
+			s.left = s.left[1:]
 		}
 	}
 	s.werr = nil
@@ -151,21 +180,93 @@ func (s *socket) send(pieces [][]byte) error {
 			iov = append(iov, v)
 		}
 	}
-	s.iov = iov
-	err := s.raw.Write(s.writer)
-	clear(iov)
-	s.iov = iov[:0]
-	runtime.KeepAlive(pieces)
-	if err != nil {
+	s.iov, s.left = iov, iov
+	defer func() {
+		clear(s.iov)
+		s.left = nil
+		runtime.KeepAlive(pieces)
+	}()
+	if s.transmit() {
+		return s.werr
+	}
+	if s.space.file == nil {
+		if err := s.space.init(s.fd, syscall.EPOLLOUT); err != nil {
+			return err
+		}
+	}
+	if err := s.space.sleep(s.push); err != nil {
 		return err
 	}
 	return s.werr
 }
 
 func (s *socket) shut(how int) {
-	_ = s.raw.Control(func(fd uintptr) { _ = syscall.Shutdown(int(fd), how) })
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if !s.closed {
+		_ = syscall.Shutdown(s.fd, how)
+	}
 }
 
-func (s *socket) stop()  { s.shut(syscall.SHUT_RD) }
-func (s *socket) kill()  { s.shut(syscall.SHUT_RDWR) }
-func (s *socket) close() { _ = s.nc.Close() }
+func (s *socket) stop() { s.shut(syscall.SHUT_RD) }
+func (s *socket) kill() { s.shut(syscall.SHUT_RDWR) }
+
+func (s *socket) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	s.closed = true
+	s.awake.close()
+	s.space.close()
+	_ = syscall.Close(s.fd)
+}
+
+// sleeper lets a goroutine sleep until a descriptor is ready: an epoll of its
+// own in the runtime's epoll, armed only while somebody sleeps.
+type sleeper struct {
+	fd     int
+	events uint32
+	ep     int
+	file   *os.File // ep, in the runtime's poller
+	raw    syscall.RawConn
+}
+
+func (w *sleeper) init(fd int, events uint32) error {
+	ep, err := syscall.EpollCreate1(syscall.EPOLL_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	if err := syscall.SetNonblock(ep, true); err != nil {
+		_ = syscall.Close(ep)
+		return err
+	}
+	w.fd, w.events, w.ep = fd, events, ep
+	w.file = os.NewFile(uintptr(ep), "epoll")
+	if w.raw, err = w.file.SyscallConn(); err != nil {
+		return err
+	}
+	return syscall.EpollCtl(ep, syscall.EPOLL_CTL_ADD, fd, &syscall.EpollEvent{Fd: int32(fd)})
+}
+
+func (w *sleeper) arm(events uint32) error {
+	return syscall.EpollCtl(w.ep, syscall.EPOLL_CTL_MOD, w.fd, &syscall.EpollEvent{Events: events, Fd: int32(w.fd)})
+}
+
+// sleep calls try until it answers true, whenever the descriptor may be ready.
+func (w *sleeper) sleep(try func(uintptr) bool) error {
+	if err := w.arm(w.events); err != nil {
+		return err
+	}
+	if err := w.raw.Read(try); err != nil {
+		return err
+	}
+	return w.arm(0)
+}
+
+func (w *sleeper) close() {
+	if w.file != nil {
+		_ = w.file.Close()
+	}
+}
