@@ -161,14 +161,16 @@ func (c *Checked) Extents(ctx context.Context, dst []Extent, off, n int64, f Fla
 		return dst, err
 	}
 	defer c.mu.RUnlock()
-	had := len(dst)
-	out, err := c.dev.Extents(ctx, dst, off, n, f)
+	// The device gets the free part of dst only: with what the caller has in
+	// front of it in sight, AppendExtent would join the two, and the answer
+	// would not begin at off any more.
+	out, err := c.dev.Extents(ctx, dst[len(dst):], off, n, f)
 	if err != nil {
-		return out, err
+		return dst, err
 	}
 	at := off
-	for _, e := range out[had:] {
-		if e.Off != at || e.Len <= 0 || e.End() > off+n {
+	for _, e := range out {
+		if e.Off != at || e.Len <= 0 || e.Len > off+n-at {
 			return dst, c.fault("extents", KindIO, "the device answered %d bytes at %d where %d was due", e.Len, e.Off, at)
 		}
 		at = e.End()
@@ -176,7 +178,7 @@ func (c *Checked) Extents(ctx context.Context, dst []Extent, off, n int64, f Fla
 	if at == off {
 		return dst, c.fault("extents", KindIO, "the device answered no extent for %d bytes at %d", n, off)
 	}
-	return out, nil
+	return append(dst, out...), nil
 }
 
 // Prefetch checks and passes on.
