@@ -33,7 +33,8 @@ type Options struct {
 	// ReconnectTimeout is how long calls wait for a server out of reach before
 	// they fail with KindUnavailable. 0 waits until the caller's context ends.
 	ReconnectTimeout time.Duration
-	// ID replaces the identity in Info.
+	// ID replaces the server's address and the export's name in Info.ID. The
+	// size is added to either.
 	ID string
 	// Log gets changes of state. Nil is silent.
 	Log *slog.Logger
@@ -104,12 +105,13 @@ func Open(ctx context.Context, t Target, o Options) (*Client, error) {
 	cl := &Client{target: t, opt: o, log: o.Log, ex: ex, changed: make(chan struct{}), downSince: time.Time{}}
 	cl.info = block.Info{
 		Size: sector.Up(ex.size), BlockSize: sector.Size, PreferredIO: int(max(ex.preferred, min(defaultIO, ex.maxBlock))),
-		ReadOnly: o.ReadOnly || ex.has(p.FlagReadOnly), CanTrim: ex.has(p.FlagSendTrim | p.FlagSendWriteZeroes), CanExtents: ex.status, ID: o.ID,
+		ReadOnly: o.ReadOnly || ex.has(p.FlagReadOnly), CanTrim: ex.has(p.FlagSendTrim | p.FlagSendWriteZeroes), CanExtents: ex.status,
 	}
 	cl.info.CanTrim = cl.info.CanTrim && !cl.info.ReadOnly
 	if o.ID == "" {
-		cl.info.ID = fmt.Sprintf("nbd:%s:%q:%d", t.Address, t.Export, ex.size)
+		o.ID = fmt.Sprintf("nbd:%s:%q", t.Address, t.Export)
 	}
+	cl.info.ID = fmt.Sprintf("%s:%d", o.ID, ex.size)
 	n := 1
 	if ex.has(p.FlagCanMultiConn) {
 		n = o.Connections

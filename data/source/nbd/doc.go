@@ -23,10 +23,10 @@
 // things the protocol cannot tell the client are handled thus:
 //
 //   - Writes acknowledged but not yet flushed are lost if the server restarted.
-//     So the first Flush after a loss fails with KindIO, and whoever wrote
-//     since the last good Flush must write again (a checkpoint journal does).
-//     It succeeds when nothing was written since, and when the server promises
-//     coherent connections and another one lived on all the time.
+//     So the first Flush after losing a connection that had any fails with
+//     KindIO, and whoever wrote since the last good Flush must write again (a
+//     checkpoint journal does). Flushes go to the oldest connection: one that
+//     succeeds there was not preceded by a restart that went unnoticed.
 //   - A server that is alive but could no longer be reached may carry out an old
 //     copy of a write after a newer one to the same bytes. Connections are
 //     therefore given up late (TCP keepalive, about a minute) and never for

@@ -1,6 +1,7 @@
 package raw
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -128,14 +129,17 @@ func (c *Claim) lock(o ClaimOptions, want unix.Stat_t) error {
 		}
 		return block.E(op, c.path, 0, fmt.Errorf("flock: %w", err))
 	}
-	if o.Writer {
-		return nil
-	}
-	perm := permRead
+	perm, share := permRead, permRead|permWriteUnchanged
 	if !c.ro {
 		perm |= permWrite
 	}
-	err := lockQEMU(c.fd, perm, permRead|permWriteUnchanged)
+	err := error(nil)
+	if !o.Writer {
+		err = lockQEMU(c.fd, perm, share)
+	}
+	if err == nil {
+		err = heldQEMU(c.fd, perm, share)
+	}
 	var held *heldError
 	switch {
 	case err == nil:
@@ -170,7 +174,7 @@ func (c *Claim) measure() error {
 	if c.size == 0 {
 		return block.E(op, c.path, block.KindInvalid, errors.New("it is empty: a disk of 0 bytes cannot be served"))
 	}
-	c.id = identify(c.path, c.fd, c.device, c.size)
+	c.id = identify(c.path, c.fd, c.device)
 	return nil
 }
 
@@ -183,7 +187,8 @@ func (c *Claim) Size() int64 { return c.size }
 // ReadOnly says that the file cannot be written through this claim.
 func (c *Claim) ReadOnly() bool { return c.ro }
 
-// ID names the file independently of its content, see block.Info.ID.
+// ID names the file independently of its content and length, see block.Info.ID.
+// It is empty if nothing is known.
 func (c *Claim) ID() string { return c.id }
 
 // ReadAt reads the bytes of the file as they are.
@@ -205,16 +210,16 @@ func (c *Claim) Close() error {
 // identify gives a name that follows the file through renames and reboots, but
 // not to another file: inode and time of birth; a device's own serial number.
 // Device numbers may change between boots and are the last resort.
-func identify(path string, fd int, device bool, size int64) string {
+func identify(path string, fd int, device bool) string {
 	if !device {
 		var sx unix.Statx_t
 		err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_INO|unix.STATX_BTIME, &sx)
 		if err == nil && sx.Mask&unix.STATX_BTIME != 0 {
-			return fmt.Sprintf("file:%d:%d.%09d:%d", sx.Ino, sx.Btime.Sec, sx.Btime.Nsec, size)
+			return fmt.Sprintf("file:%d:%d.%09d", sx.Ino, sx.Btime.Sec, sx.Btime.Nsec)
 		}
 		var st unix.Stat_t
 		if err := unix.Fstat(fd, &st); err == nil {
-			return fmt.Sprintf("file:%d:dev%d:%d", st.Ino, st.Dev, size)
+			return fmt.Sprintf("file:%d:dev%d", st.Ino, st.Dev)
 		}
 		return ""
 	}
@@ -223,14 +228,14 @@ func identify(path string, fd int, device bool, size int64) string {
 		for _, f := range []string{"dm/uuid", "md/uuid", "wwid", "device/wwid", "device/serial", "serial"} {
 			if b, err := os.ReadFile(filepath.Join(sys, d, f)); err == nil && len(b) > 1 {
 				part, _ := os.ReadFile(filepath.Join(sys, "partition"))
-				return fmt.Sprintf("device:%q:%q:%d", b, part, size)
+				return fmt.Sprintf("device:%q:%q", bytes.TrimSpace(b), bytes.TrimSpace(part))
 			}
 		}
 	}
 	if real, err := filepath.EvalSymlinks(path); err == nil {
 		path = real
 	}
-	return fmt.Sprintf("device:%s:%d", path, size)
+	return fmt.Sprintf("device:%s", path)
 }
 
 // sysfs is the directory of a block device in sysfs, resolved so that ".." is

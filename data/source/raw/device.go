@@ -69,7 +69,10 @@ func Open(path string, o Options) (*Device, error) {
 	d := &Device{claim: c, real: c.Size(), log: o.Log}
 	d.info = block.Info{
 		Size: sector.Up(c.Size()), BlockSize: sector.Size, PreferredIO: preferredIO,
-		ReadOnly: c.ReadOnly(), ID: c.ID(),
+		ReadOnly: c.ReadOnly(),
+	}
+	if c.ID() != "" {
+		d.info.ID = fmt.Sprintf("%s:%d", c.ID(), c.Size())
 	}
 	d.uncached.Store(kernelAtLeast(6, 16))
 	// Over NFS a lack of space is seen by the sync and not by the write, and

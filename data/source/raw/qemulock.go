@@ -37,7 +37,7 @@ func (e *heldError) Error() string {
 
 // lockQEMU takes the locks of QEMU's protocol for the permissions perm, while
 // others may have those in share. As in QEMU, all are taken first and looked
-// for afterwards, so that of two who start at once at least one notices.
+// for (heldQEMU) afterwards, so that of two who start at once one notices.
 func lockQEMU(fd, perm, share int) error {
 	for i := range permCount {
 		if perm&(1<<i) != 0 {
@@ -51,6 +51,12 @@ func lockQEMU(fd, perm, share int) error {
 			}
 		}
 	}
+	return nil
+}
+
+// heldQEMU fails with a *heldError if another open file does not share one of
+// the permissions perm, or uses one that is not in share.
+func heldQEMU(fd, perm, share int) error {
 	for i := range permCount {
 		if perm&(1<<i) != 0 {
 			if held, err := byteHeld(fd, lockSharedBase+int64(i)); err != nil {
