@@ -291,7 +291,10 @@ func (r *Remote) Promote(idx []int64) {
 			}
 			e.demand = true
 			c.stats.Promoted++
-			level := levelOf(block.Demand | e.call.flags&block.Soon)
+			if e.item.in != nil {
+				c.q.remove(&e.item)
+			}
+			e.item.level = levelOf(block.Demand | e.call.flags&block.Soon) // also for when it is lost and queued again
 			d := c.slots[0]
 			if e.state == asked && d != nil && d.ready[r] {
 				e.also, e.on = e.on, d
@@ -302,10 +305,7 @@ func (r *Remote) Promote(idx []int64) {
 				// The demand connection will ask for it when it is back; until
 				// then it may still come where it was asked for.
 				e.also, e.on, e.state = e.on, nil, waiting
-			} else {
-				c.q.remove(&e.item)
 			}
-			e.item.level = level
 			c.q.push(&r.own, &e.item, false)
 		}
 	}

@@ -35,6 +35,7 @@ type link struct {
 	frames atomic.Int64
 
 	partial map[partialKey]*partial // the reader's
+	served  bool                    // the reader's: it was of some use
 
 	// Under Client.mu.
 	credit      int
@@ -139,7 +140,7 @@ func (c *Client) greet(ctx context.Context, nc net.Conn, slot int) (*link, error
 // first one, if it is there already.
 func (c *Client) keep(slot int, l *link) {
 	var (
-		up      = l != nil // it was there once
+		up      bool // it was there once
 		backoff time.Duration
 		failing time.Time // since when, zero: it is not
 		told    time.Time
@@ -172,13 +173,17 @@ func (c *Client) keep(slot int, l *link) {
 		c.log.Info("link up", "addr", c.o.Addr, "carries", what, "backend", l.server)
 		began := time.Now()
 		err := l.run(up)
+		served := l.served
 		up, l = true, nil
 		if c.ctx.Err() != nil {
 			return
 		}
 		c.log.Warn("link down, connecting again", "addr", c.o.Addr, "carries", what, "err", err)
-		if time.Since(began) >= c.o.Dead {
+		lived := time.Since(began)
+		if served {
 			backoff = 0
+		}
+		if lived >= c.o.Dead {
 			continue // at once
 		}
 		// One that comes up only to break again must not spin.
@@ -354,6 +359,7 @@ func (l *link) read() error {
 			return err
 		}
 		l.frames.Add(1)
+		l.served = l.served || h.typ >= tOpen
 		switch h.typ {
 		case tChunk:
 			err = l.begin(h, p)
