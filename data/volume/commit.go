@@ -103,7 +103,7 @@ func (v *Volume) commit(full bool) error {
 func (v *Volume) record(d *dirtySet, full bool) (again bool, err error) {
 	l := &v.maplog
 	ch := v.table.collect(d)
-	if l.broken || l.end+ch.bytes() > l.limit {
+	if l.broken || l.end+ch.bytes() > l.limit || ch.bytes() > maxBatch/2 {
 		err := v.checkpoint()
 		if err == nil || l.broken || ch.bytes() > maxBatch/2 {
 			return err != nil, err

@@ -152,7 +152,11 @@ func (g *rig) after(t *testing.T, fs *disktest.FS, store *memStore, m *model) *r
 
 // TestCrashAtEverySync cuts the power at every sync and opens what is left, twice over.
 func TestCrashAtEverySync(t *testing.T) {
-	for seed := range uint64(4) {
+	seeds := uint64(4)
+	if raceEnabled || testing.Short() {
+		seeds = 2
+	}
+	for seed := range seeds {
 		size, cbytes := 2<<20-512, []int{16 << 10, 64 << 10, 256 << 10, 16 << 10}[seed]
 		content := source(seed, size)
 		fs := twinFS(seed)
@@ -201,7 +205,7 @@ func TestEveryCallFails(t *testing.T) {
 	size := 1 << 20
 	content := source(21, size)
 	every := int64(7)
-	if testing.Short() {
+	if raceEnabled || testing.Short() {
 		every = 31
 	}
 	for _, errno := range []error{syscall.EIO, syscall.ENOSPC} {

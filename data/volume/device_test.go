@@ -30,7 +30,7 @@ func TestDevice(t *testing.T) {
 				g.open(t)
 				return g.v
 			}
-			blocktest.Test(t, open, blocktest.Options{Content: content, Ops: 250, Reopen: func(t *testing.T, dev block.Device) block.Device {
+			blocktest.Test(t, open, blocktest.Options{Content: content, Ops: 150, Reopen: func(t *testing.T, dev block.Device) block.Device {
 				must(t, dev.Close())
 				if c.tier >= 0 {
 					g.opt.Tier = newMapTier(2, c.tier)
@@ -48,5 +48,5 @@ func TestDeviceOnRealFiles(t *testing.T) {
 	blocktest.Test(t, func(t *testing.T) block.Device {
 		t.Chdir(t.TempDir())
 		return newRig(t, disk.OS(), content, chunk.DefaultSize).v
-	}, blocktest.Options{Content: content, Ops: 150})
+	}, blocktest.Options{Content: content, Ops: 80, Window: 512 << 10})
 }

@@ -185,6 +185,27 @@ func (t *table) addSectors(p *page, i int64, from, to int) (fresh int) {
 	return fresh
 }
 
+// partly counts the sectors of chunk i, written in part, that the overlay has.
+// The caller holds p.mu, or is alone.
+func (t *table) partly(p *page, i int64) (n int) {
+	c := int(i & (pageChunks - 1))
+	if len(p.fine) == 0 && i+1 < t.chunks {
+		words := *p.coarse.Load()
+		for b := 0; b < t.blocks; b += 64 {
+			bit := c*t.blocks + b
+			w := words[bit>>6] >> uint(bit&63)
+			if t.blocks < 64 {
+				w &= 1<<t.blocks - 1
+			}
+			n += 8 * bits.OnesCount64(w)
+		}
+		return n
+	}
+	var m mask
+	t.loadMask(p, c, 0, t.blocks, &m, true)
+	return m.count(0, t.sectors(i))
+}
+
 func (t *table) needCoarse(p *page) *[]uint64 {
 	words := p.coarse.Load()
 	if words == nil {
@@ -217,9 +238,7 @@ func (t *table) clearMask(p *page, i int64, n uint8) (gone int64) {
 	c := int(i & (pageChunks - 1))
 	gone = int64(t.sectors(i))
 	if n&nibFull == 0 {
-		var m mask
-		t.loadMask(p, c, 0, t.blocks, &m, true)
-		gone = int64(m.count(0, t.sectors(i)))
+		gone = int64(t.partly(p, i))
 	}
 	t.dropFine(p, c)
 	if words := p.coarse.Load(); words != nil {

@@ -62,7 +62,8 @@ type changes struct {
 	heldChunks            int64
 }
 
-// collect reads the states of the chunks of d from the table. A mask is never
+// collect reads the states of the chunks of d from the table, and stops where
+// they are more than a batch takes, for then a snapshot is made. A mask is never
 // taken without a base that became zero: if it were made durable alone, sectors
 // that were cleared would show the source again.
 func (t *table) collect(d *dirtySet) *changes {
@@ -72,6 +73,9 @@ func (t *table) collect(d *dirtySet) *changes {
 		wb, wm := getBit(d.wholeBase, pi), getBit(d.wholeMask, pi)
 		if part != nil || wb || wm {
 			t.collectPage(ch, pi, part, wb, wm)
+			if ch.bytes() > maxBatch/2 {
+				break
+			}
 		}
 	}
 	return ch

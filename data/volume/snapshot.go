@@ -262,10 +262,11 @@ func (t *table) fillPage(pi int, kind, s uint8, b []byte, coarse, fine int) erro
 			return corrupt("page %d of the map has a chunk in state %d", pi, s)
 		}
 		if s&(nibMod|nibFull) == nibMod {
-			var m mask
-			t.loadMask(p, c, 0, t.blocks, &m, true)
 			i := int64(pi)<<pageShift + int64(c)
-			if k := m.count(0, t.sectors(i)); k == 0 || k == t.sectors(i) {
+			if coarse == 0 {
+				return corrupt("chunk %d of the map is written in part and has no mask", i)
+			}
+			if k := t.partly(p, i); k == 0 || k == t.sectors(i) {
 				return corrupt("chunk %d of the map is written in part and has %d sectors written", i, k)
 			}
 		}

@@ -285,9 +285,7 @@ func (t *table) countPage(pi int, p *page) (sum counts) {
 		case n&nibFull != 0:
 			sum.sectors += int64(t.sectors(i))
 		case n&nibMod != 0:
-			var m mask
-			t.blockMask(p, c, 0, t.blocks, &m)
-			sum.sectors += int64(m.count(0, t.sectors(i)))
+			sum.sectors += int64(t.partly(p, i))
 		}
 	}
 	return sum
