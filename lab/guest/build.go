@@ -330,3 +330,28 @@ func SHA256(path string) (string, error) {
 	}
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
+
+// Zstd is the size in bytes of the whole image under zstd -1, what a plain
+// compressed copy of it would send. It is computed once and kept in the cache.
+func (im Image) Zstd(ctx context.Context) (int64, error) {
+	note := filepath.Join(filepath.Dir(im.Path), "zstd1")
+	var n int64
+	if b, err := os.ReadFile(note); err == nil {
+		if _, err := fmt.Sscan(string(b), &n); err == nil {
+			return n, nil
+		}
+	}
+	c := exec.CommandContext(ctx, "zstd", "-1", "-q", "-c", im.Path)
+	c.Stdout = counter{&n}
+	if err := c.Run(); err != nil {
+		return 0, fmt.Errorf("zstd -1 %s: %w", im.Path, err)
+	}
+	return n, os.WriteFile(note, fmt.Appendln(nil, n), 0o644)
+}
+
+type counter struct{ n *int64 }
+
+func (c counter) Write(p []byte) (int, error) {
+	*c.n += int64(len(p))
+	return len(p), nil
+}
