@@ -44,8 +44,11 @@ func ParseURI(s string) (URI, error) {
 	default:
 		return u, fmt.Errorf("%q is not an NBD URI: it must begin with nbd://, nbds://, nbd+unix:// or nbds+unix://", s)
 	}
-	if p.Opaque != "" || p.Fragment != "" {
+	if p.Opaque != "" {
 		return u, fmt.Errorf("%q is not an NBD URI: write it as %s://", s, p.Scheme)
+	}
+	if p.Fragment != "" {
+		return u, fmt.Errorf("%q is not an NBD URI: it has a fragment; write # as %%23", s)
 	}
 	// RFC 3986 knows no + for a space, and other clients take it for a plus.
 	if u.Query, err = url.ParseQuery(strings.ReplaceAll(p.RawQuery, "+", "%2B")); err != nil {

@@ -334,6 +334,8 @@ func (c *conn) take(h nbdproto.Request) error {
 		c.flush()
 	}
 	if !c.end(v) {
+		// Whoever leads now may sleep already, and would not send this reply.
+		c.flush()
 		return errLost
 	}
 	return nil

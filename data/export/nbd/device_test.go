@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"forerun/block"
+	"forerun/internal/nbdproto"
 )
 
 // mem is a device in memory, behind the checker, so that a server that breaks
@@ -23,7 +24,6 @@ type mem struct {
 	gate func(ctx context.Context, op string, off, n int64, f block.Flags) error
 
 	state func(off int64) (block.ExtentKind, block.State) // per 4 KiB
-	calls sync.Map                                        // op to *int
 }
 
 func newMem(size int64, bs int) *mem {
@@ -148,7 +148,7 @@ func (t table) List() []string {
 func start(t testing.TB, o Options) (*Server, *Listener) {
 	t.Helper()
 	s := NewServer(o)
-	l, err := s.Listen("nbd+unix:///?socket=" + filepath.Join(t.TempDir(), "s"))
+	l, err := s.Listen(nbdproto.URI{Unix: true, Addr: filepath.Join(t.TempDir(), "s")}.String())
 	if err != nil {
 		t.Fatal(err)
 	}
