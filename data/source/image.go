@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -51,13 +50,15 @@ type Image struct {
 
 var _ block.Device = (*Image)(nil)
 
-func openImage(ctx context.Context, path, format string, o Options) (_ *Image, err error) {
+func openImage(ctx context.Context, path, format string, o Options) (*Image, error) {
 	const op = "source.open"
 	bin := o.QEMUNBD
 	if bin == "" {
-		if bin, err = exec.LookPath("qemu-nbd"); err != nil {
+		found, err := exec.LookPath("qemu-nbd")
+		if err != nil {
 			return nil, block.E(op, path, block.KindUnsupported, errNoQEMU)
 		}
+		bin = found
 	}
 	// An absolute path is never taken for a protocol ("nbd:…") or options ("json:…").
 	abs, err := filepath.Abs(path)
@@ -81,17 +82,15 @@ func openImage(ctx context.Context, path, format string, o Options) (_ *Image, e
 		_ = claim.Close() // the error to tell is the first one
 		return nil, err
 	}
-	t, err := nbd.ParseURI("nbd+unix:///?" + url.Values{"socket": {srv.socket()}}.Encode())
+	c, err := srv.connect(ctx, nbd.Target{
+		URI:     path + "?format=" + format, // what the user knows it as
+		Network: "unix", Address: srv.socket(),
+	}, nbd.Options{
+		Connections: conns, ReadOnly: !write, ReconnectTimeout: o.ReconnectTimeout, Log: o.Log,
+		ID: claim.ID() + ":" + format,
+	})
 	if err == nil {
-		t.URI = path + "?format=" + format // what the user knows it as
-		var c *nbd.Client
-		c, err = srv.connect(ctx, t, nbd.Options{
-			Connections: conns, ReadOnly: !write, ReconnectTimeout: o.ReconnectTimeout, Log: o.Log,
-			ID: claim.ID() + ":" + format,
-		})
-		if err == nil {
-			return &Image{Client: c, claim: claim, srv: srv}, nil
-		}
+		return &Image{Client: c, claim: claim, srv: srv}, nil
 	}
 	srv.stop()
 	_ = claim.Close() // the error to tell is the first one

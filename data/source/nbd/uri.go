@@ -9,13 +9,10 @@ import (
 	"strings"
 
 	"forerun/block"
+	"forerun/internal/nbdproto"
 )
 
-const (
-	defaultPort   = "10809"
-	maxExportName = 4096 // bytes, the protocol's limit on strings
-	maxSocketPath = 107  // bytes, sockaddr_un(7)
-)
+const maxSocketPath = 107 // bytes, sockaddr_un(7)
 
 // Target is where an export is, parsed from an NBD URI.
 type Target struct {
@@ -37,53 +34,41 @@ type Target struct {
 // ParseURI reads nbd://, nbds://, nbd+unix:// and nbds+unix:// URIs. Errors are
 // of KindInvalid and say which parameters exist.
 func ParseURI(s string) (Target, error) {
-	t := Target{URI: s}
 	bad := func(format string, a ...any) (Target, error) {
 		return Target{}, block.E("source.open", s, block.KindInvalid, fmt.Errorf(format, a...))
 	}
-	u, err := url.Parse(s)
+	u, err := nbdproto.ParseURI(s)
 	if err != nil {
-		var ue *url.Error
-		if errors.As(err, &ue) {
-			err = ue.Err
-		}
-		return bad("not an NBD URI: %w", err)
+		return bad("%w", err)
 	}
-	switch u.Scheme {
-	case "nbd", "nbds":
-		t.Network = "tcp"
-	case "nbd+unix", "nbds+unix":
-		t.Network = "unix"
-	default:
-		return bad("%q is not a scheme of NBD: use nbd, nbds, nbd+unix or nbds+unix", u.Scheme)
-	}
-	t.TLS = strings.HasPrefix(u.Scheme, "nbds")
-	if u.Opaque != "" {
-		return bad("write %s:// with two slashes", u.Scheme)
-	}
-	if u.User != nil {
+	if p, err := url.Parse(s); err == nil && p.User != nil {
 		return bad("a user name in an NBD URI is for TLS with pre-shared keys, which is not supported: use certificates (tls-certificates=DIR)")
 	}
-	if u.Fragment != "" {
-		return bad("an NBD URI has no fragment (%q); write # as %%23", "#"+u.Fragment)
+	t := Target{URI: s, Network: "tcp", Address: u.Addr, Export: u.Export, TLS: u.TLS}
+	if u.Unix {
+		t.Network = "unix"
+		if len(t.Address) > maxSocketPath {
+			return bad("the socket's path has %d bytes, the system allows %d: use a shorter link to it", len(t.Address), maxSocketPath)
+		}
+	} else {
+		host, port, err := net.SplitHostPort(u.Addr)
+		if err != nil {
+			return bad("%w", err)
+		}
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return bad("%q is not a port", port)
+		}
+		if host == "" {
+			host = "localhost"
+		}
+		t.Address, t.Hostname = net.JoinHostPort(host, port), host
 	}
-	t.Export = strings.TrimPrefix(u.Path, "/")
-	if len(t.Export) > maxExportName {
-		return bad("the export name has %d bytes, at most %d are allowed", len(t.Export), maxExportName)
-	}
-	q, err := url.ParseQuery(u.RawQuery)
-	if err != nil {
-		return bad("its parameters cannot be read: %w", err)
-	}
-	socket := ""
-	for k, vs := range q {
+	for k, vs := range u.Query {
 		v := vs[len(vs)-1]
 		if len(vs) > 1 {
 			return bad("%s= is given %d times", k, len(vs))
 		}
 		switch {
-		case k == "socket" && t.Network == "unix":
-			socket = v
 		case k == "tls-certificates" && t.TLS:
 			t.CertDir = v
 		case k == "tls-hostname" && t.TLS:
@@ -95,35 +80,8 @@ func ParseURI(s string) (Target, error) {
 			}
 			t.NoVerify = !on
 		default:
-			return bad("%s= does not belong to a %s URI; there are socket= (unix), and tls-certificates=, tls-hostname=, tls-verify-peer= (nbds)", k, u.Scheme)
+			return bad("%s= does not belong here; there are socket= (unix), and tls-certificates=, tls-hostname=, tls-verify-peer= (nbds)", k)
 		}
-	}
-	if t.Network == "unix" {
-		if socket == "" {
-			return bad("add ?socket=PATH: a %s URI needs the path of the server's socket", u.Scheme)
-		}
-		if u.Host != "" {
-			return bad("a unix socket has no host (%q): write three slashes, %s:///EXPORT?socket=PATH", u.Host, u.Scheme)
-		}
-		if len(socket) > maxSocketPath {
-			return bad("the socket's path has %d bytes, the system allows %d: use a shorter link to it", len(socket), maxSocketPath)
-		}
-		t.Address = socket
-		return t, nil
-	}
-	host, port := u.Hostname(), u.Port()
-	if host == "" {
-		host = "localhost"
-	}
-	if port == "" {
-		port = defaultPort
-	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return bad("%q is not a port", port)
-	}
-	t.Address = net.JoinHostPort(host, port)
-	if t.Hostname == "" {
-		t.Hostname = host
 	}
 	return t, nil
 }
