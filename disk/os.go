@@ -5,44 +5,27 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"slices"
+	"path/filepath"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// OS returns the host's files. It needs Linux: holes, punching and
-// reservation have no portable calls.
-func OS() FS { return osFS{} }
-
-type osFS struct{}
-
-// Permissions of what is made: the owner only, because volumes hold a
-// workload's data.
+// Files and directories hold the bytes of guests, so only their owner may look.
 const (
 	filePerm = 0o600
 	dirPerm  = 0o700
 )
 
-func pathError(op, path string, err error) error {
-	if err == nil || errors.Is(err, io.EOF) {
-		return err
-	}
-	var pe *fs.PathError
-	if errors.As(err, &pe) {
-		return err
-	}
-	return &fs.PathError{Op: op, Path: path, Err: err}
-}
+// OS returns the host's files. It needs Linux: holes, punching and reservation
+// have no portable calls. Relative paths are taken from
+// the working directory. Beyond what FS promises, directories made by MkdirAll
+// are durable when it returns, so that a caller needs SyncDir only for the
+// directory it puts names in.
+func OS() FS { return osFS{} }
 
-// again repeats a system call that a signal interrupted.
-func again(f func() error) error {
-	for {
-		if err := f(); err != unix.EINTR {
-			return err
-		}
-	}
-}
+type osFS struct{}
 
 func (osFS) Open(path string, mode Mode) (File, error) {
 	flag := os.O_RDONLY
@@ -50,9 +33,9 @@ func (osFS) Open(path string, mode Mode) (File, error) {
 		flag = os.O_RDWR
 		if mode&Create != 0 {
 			flag |= os.O_CREATE
-		}
-		if mode&Excl != 0 {
-			flag |= os.O_EXCL
+			if mode&Excl != 0 {
+				flag |= os.O_EXCL
+			}
 		}
 		if mode&Trunc != 0 {
 			flag |= os.O_TRUNC
@@ -62,38 +45,69 @@ func (osFS) Open(path string, mode Mode) (File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &osFile{f: f, fd: int(f.Fd())}, nil
+	return &osFile{f: f}, nil
 }
 
 func (osFS) Rename(from, to string) error { return os.Rename(from, to) }
-func (osFS) Remove(path string) error     { return os.Remove(path) }
-func (osFS) MkdirAll(path string) error   { return os.MkdirAll(path, dirPerm) }
+
+func (osFS) Remove(path string) error { return os.Remove(path) }
+
+func (o osFS) MkdirAll(path string) error {
+	path = filepath.Clean(path)
+	switch s, err := os.Stat(path); {
+	case err == nil && s.IsDir():
+		return nil
+	case err == nil:
+		return &fs.PathError{Op: "mkdir", Path: path, Err: syscall.ENOTDIR}
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	parent := filepath.Dir(path)
+	if parent != path {
+		if err := o.MkdirAll(parent); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(path, dirPerm); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return o.SyncDir(parent)
+}
 
 func (osFS) List(path string) ([]string, error) {
-	d, err := os.Open(path)
+	all, err := os.ReadDir(path) // sorted
 	if err != nil {
 		return nil, err
 	}
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
-	slices.Sort(names)
-	return names, err
+	names := make([]string, len(all))
+	for i, e := range all {
+		names[i] = e.Name()
+	}
+	return names, nil
 }
 
 func (osFS) Stat(path string) (Stat, error) {
-	fi, err := os.Stat(path)
+	s, err := os.Stat(path)
 	if err != nil {
 		return Stat{}, err
 	}
-	return statOf(fi), nil
+	if s.Mode()&fs.ModeDevice != 0 { // its size is only known to an open file
+		f, err := OS().Open(path, Read)
+		if err != nil {
+			return Stat{}, err
+		}
+		defer f.Close()
+		return f.Stat()
+	}
+	return statOf(s), nil
 }
 
-func statOf(fi fs.FileInfo) Stat {
-	s := Stat{Size: fi.Size(), Dir: fi.IsDir(), ModTime: fi.ModTime()}
-	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
-		s.Allocated = st.Blocks * 512 // st_blocks counts 512-byte units, stat(2)
+func statOf(s fs.FileInfo) Stat {
+	st := Stat{Size: s.Size(), Dir: s.IsDir(), ModTime: s.ModTime()}
+	if u, ok := s.Sys().(*syscall.Stat_t); ok {
+		st.Allocated = u.Blocks * 512 // stat(2): always in units of 512
 	}
-	return s
+	return st
 }
 
 func (osFS) SyncDir(path string) error {
@@ -106,110 +120,201 @@ func (osFS) SyncDir(path string) error {
 }
 
 func (osFS) Lock(path string) (File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, filePerm)
-	if err != nil {
-		return nil, err
-	}
-	fd := int(f.Fd())
-	if err := again(func() error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
-		f.Close()
-		if err == unix.EWOULDBLOCK {
-			err = unix.EBUSY
+	// The file may be removed between open and flock; then the lock held is on
+	// a nameless file and the next one would get another. Try again until the
+	// locked file is the one that has the name.
+	for {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, filePerm)
+		if err != nil {
+			return nil, err
 		}
-		return nil, pathError("lock", path, err)
+		of := &osFile{f: f}
+		err = of.control("lock", func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+		if err != nil {
+			f.Close()
+			if errors.Is(err, syscall.EWOULDBLOCK) {
+				err = &fs.PathError{Op: "lock", Path: path, Err: syscall.EBUSY}
+			}
+			return nil, err
+		}
+		mine, err := f.Stat()
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		if named, err := os.Stat(path); err == nil && os.SameFile(mine, named) {
+			return of, nil
+		}
+		f.Close()
 	}
-	return &osFile{f: f, fd: fd}, nil
 }
 
 func (osFS) Free(path string) (int64, error) {
-	var st unix.Statfs_t
-	if err := again(func() error { return unix.Statfs(path, &st) }); err != nil {
-		return 0, pathError("statfs", path, err)
+	var s unix.Statfs_t
+	for {
+		err := unix.Statfs(path, &s)
+		if err == nil {
+			return int64(s.Bavail) * s.Frsize, nil
+		}
+		if err != unix.EINTR {
+			return 0, &fs.PathError{Op: "statfs", Path: path, Err: err}
+		}
 	}
-	return int64(st.Bavail) * st.Bsize, nil
 }
 
-// osFile keeps the descriptor beside the *os.File: regular files never go
-// through the poller, so reads and writes may be plain system calls.
+// osFile is a file of the operating system. os.File already repeats
+// interrupted and short calls and keeps the descriptor alive during each.
 type osFile struct {
-	f  *os.File
-	fd int
+	f *os.File
+	// extend is held for reading by writers and for writing by what sets a
+	// length it computed from the length found, lest it cut off what a
+	// writer appended in between.
+	extend sync.RWMutex
 }
 
-func (f *osFile) ReadAt(p []byte, off int64) (int, error) { return f.f.ReadAt(p, off) }
-
-func (f *osFile) WriteAt(p []byte, off int64) (int, error) { return f.f.WriteAt(p, off) }
-
-func (f *osFile) Sync() error {
-	return pathError("fdatasync", f.f.Name(), again(func() error { return unix.Fdatasync(f.fd) }))
-}
-
-func (f *osFile) Truncate(size int64) error { return f.f.Truncate(size) }
-
-func (f *osFile) Allocate(off, n int64) error {
-	if n <= 0 {
-		return nil
-	}
-	err := again(func() error { return unix.Fallocate(f.fd, 0, off, n) })
-	if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
-		fi, serr := f.f.Stat()
-		if serr != nil {
-			return serr
-		}
-		if fi.Size() < off+n {
-			return f.f.Truncate(off + n)
-		}
-		return nil
-	}
-	return pathError("fallocate", f.f.Name(), err)
-}
-
-func (f *osFile) Punch(off, n int64) error {
-	if n <= 0 {
-		return nil
-	}
-	err := again(func() error {
-		return unix.Fallocate(f.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-	})
-	if err != unix.EOPNOTSUPP && err != unix.ENOSYS {
-		return pathError("punch", f.f.Name(), err)
-	}
-	fi, err := f.f.Stat()
+// control runs call on the descriptor until it is not interrupted.
+func (o *osFile) control(op string, call func(fd int) error) error {
+	c, err := o.f.SyscallConn()
 	if err != nil {
 		return err
 	}
-	zeros := make([]byte, 64<<10)
-	for end := min(off+n, fi.Size()); off < end; {
-		m := min(int64(len(zeros)), end-off)
-		if _, err := f.f.WriteAt(zeros[:m], off); err != nil {
-			return err
+	var errno error
+	err = c.Control(func(fd uintptr) {
+		for {
+			if errno = call(int(fd)); errno != unix.EINTR {
+				return
+			}
 		}
-		off += m
+	})
+	if err != nil { // the one reason there is
+		return &fs.PathError{Op: op, Path: o.f.Name(), Err: fs.ErrClosed}
+	}
+	if errno != nil {
+		return &fs.PathError{Op: op, Path: o.f.Name(), Err: errno}
 	}
 	return nil
 }
 
-func (f *osFile) Data(off int64) (start, end int64, err error) {
-	seek := func(off int64, whence int) (at int64, err error) {
-		err = again(func() error { at, err = unix.Seek(f.fd, off, whence); return err })
-		return at, err
-	}
-	start, err = seek(off, unix.SEEK_DATA)
-	if err == unix.ENXIO { // nothing but holes, or the end
-		return 0, 0, io.EOF
-	}
-	if err == nil {
-		end, err = seek(start, unix.SEEK_HOLE)
-	}
-	return start, end, pathError("seek", f.f.Name(), err)
+func (o *osFile) ReadAt(p []byte, off int64) (int, error) { return o.f.ReadAt(p, off) }
+
+func (o *osFile) WriteAt(p []byte, off int64) (int, error) {
+	o.extend.RLock()
+	defer o.extend.RUnlock()
+	return o.f.WriteAt(p, off)
 }
 
-func (f *osFile) Stat() (Stat, error) {
-	fi, err := f.f.Stat()
+func (o *osFile) Sync() error { return o.control("fdatasync", unix.Fdatasync) }
+
+func (o *osFile) Truncate(size int64) error {
+	o.extend.Lock()
+	defer o.extend.Unlock()
+	return o.f.Truncate(size)
+}
+
+// cannot says that the file system, or the kind of file, does not know the call.
+func cannot(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.ENODEV)
+}
+
+func (o *osFile) Allocate(off, n int64) error {
+	if n == 0 {
+		return nil
+	}
+	err := o.control("fallocate", func(fd int) error { return unix.Fallocate(fd, 0, off, n) })
+	if !cannot(err) {
+		return err
+	}
+	o.extend.Lock()
+	defer o.extend.Unlock()
+	s, err := o.Stat()
+	if err != nil || s.Size >= off+n {
+		return err
+	}
+	return o.f.Truncate(off + n)
+}
+
+func (o *osFile) Punch(off, n int64) error {
+	if n == 0 {
+		return nil
+	}
+	err := o.control("punch", func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	})
+	if !cannot(err) {
+		return err
+	}
+	s, err := o.Stat()
+	if err != nil {
+		return err
+	}
+	return o.writeZeros(off, min(n, s.Size-off))
+}
+
+func (o *osFile) writeZeros(off, n int64) error {
+	var zeros [64 << 10]byte
+	for n > 0 {
+		w, err := o.f.WriteAt(zeros[:min(n, int64(len(zeros)))], off)
+		if err != nil {
+			return err
+		}
+		off, n = off+int64(w), n-int64(w)
+	}
+	return nil
+}
+
+func (o *osFile) Data(off int64) (start, end int64, err error) {
+	size, err := o.size()
+	if err != nil {
+		return 0, 0, err
+	}
+	if off >= size {
+		return 0, 0, io.EOF
+	}
+	err = o.control("seek", func(fd int) (err error) {
+		if start, err = unix.Seek(fd, off, unix.SEEK_DATA); err == nil {
+			end, err = unix.Seek(fd, start, unix.SEEK_HOLE)
+		}
+		return err
+	})
+	switch {
+	case errors.Is(err, unix.ENXIO):
+		return 0, 0, io.EOF
+	case errors.Is(err, unix.EINVAL) || cannot(err): // this file system does not know: all is data
+		return off, size, nil
+	}
+	return start, end, err
+}
+
+// size is the length of a file or of a block device, which stat(2) reports as 0.
+func (o *osFile) size() (int64, error) {
+	s, err := o.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if s.Mode()&fs.ModeDevice == 0 {
+		return s.Size(), nil
+	}
+	var n int64
+	err = o.control("seek", func(fd int) (err error) {
+		n, err = unix.Seek(fd, 0, unix.SEEK_END)
+		return err
+	})
+	return n, err
+}
+
+func (o *osFile) Stat() (Stat, error) {
+	s, err := o.f.Stat()
 	if err != nil {
 		return Stat{}, err
 	}
-	return statOf(fi), nil
+	st := statOf(s)
+	if s.Mode()&fs.ModeDevice != 0 {
+		if st.Size, err = o.size(); err != nil {
+			return Stat{}, err
+		}
+		st.Allocated = st.Size
+	}
+	return st, nil
 }
 
-func (f *osFile) Close() error { return f.f.Close() }
+func (o *osFile) Close() error { return o.f.Close() }

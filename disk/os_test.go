@@ -95,3 +95,56 @@ func TestOSLockIsExclusive(t *testing.T) {
 	}
 	l.Close()
 }
+
+// TestOSClosedFileTouchesNothing: the number of a closed descriptor belongs to
+// the next file that is opened; no late call may hit that one.
+func TestOSClosedFileTouchesNothing(t *testing.T) {
+	d, dir := disk.OS(), t.TempDir()
+	a, err := d.Open(filepath.Join(dir, "a"), disk.Write|disk.Create)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b, err := d.Open(filepath.Join(dir, "b"), disk.Write|disk.Create)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	data := bytes.Repeat([]byte{1}, 8192)
+	if _, err := b.WriteAt(data, 0); err != nil {
+		t.Fatal(err)
+	}
+	_, _, seek := a.Data(0)
+	for what, err := range map[string]error{"punch": a.Punch(0, 8192), "sync": a.Sync(), "allocate": a.Allocate(0, 1<<20), "data": seek, "truncate": a.Truncate(0)} {
+		if block.KindOf(err) != block.KindClosed {
+			t.Errorf("%s of a closed file: %v", what, err)
+		}
+	}
+	got := make([]byte, 8192)
+	if _, err := b.ReadAt(got, 0); err != nil || !bytes.Equal(got, data) {
+		t.Fatal("a call on a closed file changed another one", err)
+	}
+}
+
+func TestOSMakesDirectories(t *testing.T) {
+	d, dir := disk.OS(), t.TempDir()
+	p := filepath.Join(dir, "a", "b", "c")
+	for range 2 {
+		if err := d.MkdirAll(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s, err := d.Stat(p); err != nil || !s.Dir {
+		t.Fatal(s, err)
+	}
+	f, err := d.Open(filepath.Join(dir, "file"), disk.Write|disk.Create)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if err := d.MkdirAll(filepath.Join(dir, "file", "x")); err == nil {
+		t.Fatal("made a directory in a file")
+	}
+}

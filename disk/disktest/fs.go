@@ -409,10 +409,13 @@ func (f *FS) Open(name string, mode disk.Mode) (disk.File, error) {
 
 func (f *FS) open(p string, mode disk.Mode) (disk.File, error) {
 	if f.dirs[p] {
+		if mode&disk.Create != 0 && mode&disk.Excl != 0 {
+			return nil, syscall.EEXIST
+		}
 		return nil, syscall.EISDIR
 	}
 	if !f.dirs[path.Dir(p)] {
-		return nil, syscall.ENOENT
+		return nil, f.missing(p)
 	}
 	n := f.names[p]
 	switch {
@@ -431,6 +434,17 @@ func (f *FS) open(p string, mode disk.Mode) (disk.File, error) {
 	}
 	n.links++
 	return &file{fs: f, n: n, name: p, write: mode&disk.Write != 0}, nil
+}
+
+// missing is the error for a path that leads nowhere: ENOTDIR when a file
+// stands where a directory should, else ENOENT.
+func (f *FS) missing(p string) error {
+	for q := path.Dir(p); !f.dirs[q]; q = path.Dir(q) {
+		if f.names[q] != nil {
+			return syscall.ENOTDIR
+		}
+	}
+	return syscall.ENOENT
 }
 
 func (f *FS) salt() uint64 { f.writes++; return f.writes * 0xd1342543de82ef95 }
@@ -459,7 +473,11 @@ func (f *FS) Rename(from, to string) error {
 	case err != nil:
 	case f.dirs[a] || f.dirs[b]:
 		err = syscall.EISDIR
-	case n == nil || !f.dirs[path.Dir(b)]:
+	case !f.dirs[path.Dir(a)]:
+		err = f.missing(a)
+	case !f.dirs[path.Dir(b)]:
+		err = f.missing(b)
+	case n == nil:
 		err = syscall.ENOENT
 	case a == b:
 		return nil
@@ -494,7 +512,7 @@ func (f *FS) Remove(name string) error {
 	}
 	n := f.names[p]
 	if n == nil {
-		return pathErr("remove", name, syscall.ENOENT)
+		return pathErr("remove", name, f.missing(p))
 	}
 	f.unlink(n)
 	c := change{name: p}
@@ -555,7 +573,7 @@ func (f *FS) List(name string) ([]string, error) {
 	case f.names[p] != nil:
 		return nil, pathErr("open", name, syscall.ENOTDIR)
 	case !f.dirs[p]:
-		return nil, pathErr("open", name, syscall.ENOENT)
+		return nil, pathErr("open", name, f.missing(p))
 	}
 	return f.list(p), nil
 }
@@ -571,7 +589,7 @@ func (f *FS) Stat(name string) (disk.Stat, error) {
 	case f.dirs[p]:
 		return disk.Stat{Dir: true}, nil
 	case f.names[p] == nil:
-		return disk.Stat{}, pathErr("stat", name, syscall.ENOENT)
+		return disk.Stat{}, pathErr("stat", name, f.missing(p))
 	}
 	return f.names[p].stat(), nil
 }
@@ -586,7 +604,7 @@ func (f *FS) SyncDir(name string) error {
 	err := f.begin(step{op: OpSyncDir, a: p})
 	defer f.mu.Unlock()
 	if err == nil && !f.dirs[p] {
-		err = syscall.ENOENT
+		err = f.missing(p)
 	}
 	if err != nil {
 		return pathErr("sync", name, err)
