@@ -86,9 +86,21 @@ func (f *fake) Fetch(ctx context.Context, idx []int64, _ block.Flags) error {
 	return nil
 }
 
-func (f *fake) Pause()                    { f.held = true }
-func (f *fake) Resume()                   { f.held = false }
-func (f *fake) SetBackgroundRate(n int64) { f.limit = n }
+func (f *fake) Pause()                    { f.locked(func() { f.held = true }) }
+func (f *fake) Resume()                   { f.locked(func() { f.held = false }) }
+func (f *fake) SetBackgroundRate(n int64) { f.locked(func() { f.limit = n }) }
+
+// locked runs what a test looks at while the pump works.
+func (f *fake) locked(do func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	do()
+}
+
+func (f *fake) counts() (absent, asked int, held bool) {
+	f.locked(func() { absent, asked, held = len(f.absent), len(f.asked), f.held })
+	return absent, asked, held
+}
 
 func start(t *testing.T, f *fake, o Options) (*Pump, func()) {
 	o.Chunks, o.ChunkBytes = f.size, 64<<10
@@ -154,20 +166,21 @@ func TestFillPausesResumesAndLimits(t *testing.T) {
 		}
 		p.Pause()
 		time.Sleep(time.Second)
-		n := len(f.absent)
+		n, _, _ := f.counts()
 		time.Sleep(time.Hour)
-		if p.Stats().State != Paused || len(f.absent) != n || !f.held {
-			t.Fatalf("paused, yet %d became %d; %+v", n, len(f.absent), p.Stats())
+		now, asked, held := f.counts()
+		if p.Stats().State != Paused || now != n || !held {
+			t.Fatalf("paused, yet %d became %d; %+v", n, now, p.Stats())
 		}
-		asked := len(f.asked)
 		p.SetLimit(0)
 		p.Resume()
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		if p.Stats().State != Filled || len(f.absent) != 0 || f.held {
+		left, all, held := f.counts()
+		if p.Stats().State != Filled || left != 0 || held {
 			t.Fatalf("%+v", p.Stats())
 		}
-		if extra := asked + n - len(f.asked); extra < -16 {
+		if extra := asked + n - all; extra < -16 {
 			t.Errorf("%d chunks were asked for again after the pause", -extra)
 		}
 	})
