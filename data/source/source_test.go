@@ -1,10 +1,12 @@
 package source
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -494,4 +496,46 @@ func FuzzSpec(f *testing.F) {
 		}
 		mark([]byte(spec), []byte(spec))
 	})
+}
+
+// TestOrphan: qemu-nbd does not outlive a process that is killed.
+func TestOrphan(t *testing.T) {
+	need(t, "qemu-img", "qemu-nbd")
+	if path := os.Getenv("FORERUN_TEST_ORPHAN"); path != "" { // the one that is killed
+		d, err := Open(ctx, path, Options{})
+		if err != nil {
+			os.Exit(1)
+		}
+		os.Stdout.WriteString(d.(*Image).srv.socket() + "\n")
+		select {}
+	}
+	path := filepath.Join(t.TempDir(), "d.qcow2")
+	run(t, "qemu-img", "create", "-q", "-f", "qcow2", path, "4M")
+	cmd := exec.Command(os.Args[0], "-test.run=^TestOrphan$")
+	cmd.Env = append(os.Environ(), "FORERUN_TEST_ORPHAN="+path+"?format=qcow2")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	sock, err := bufio.NewReader(out).ReadString('\n')
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sock = strings.TrimSpace(sock)
+	defer os.RemoveAll(filepath.Dir(sock))
+	for range 200 {
+		c, err := net.Dial("unix", sock)
+		if err != nil {
+			open(t, path+"?format=qcow2", Options{}) // all locks ended too
+			return
+		}
+		c.Close()
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("qemu-nbd goes on")
 }

@@ -513,3 +513,63 @@ func BenchmarkRead64K(b *testing.B) {
 		}
 	})
 }
+
+// TestCancelStress: callers give up at random moments while the server is
+// killed now and then. A buffer is never touched after its call, and what is
+// read is right.
+func TestCancelStress(t *testing.T) {
+	p, tg := serve(t, "nbdkit", "-f", "--exit-with-parent", "-U", "SOCKET", "--filter=delay", "pattern", "8M", "rdelay=1ms")
+	c := open(t, tg, Options{})
+	want := make([]byte, 8<<20)
+	if err := c.ReadAt(ctx, want, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	var stop atomic.Bool
+	var gone, done atomic.Int64
+	for w := range 8 {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(w), 9))
+			b := make([]byte, 1<<20)
+			canary := bytes.Repeat([]byte{0xcc}, len(b))
+			for !stop.Load() {
+				n := 512 * (1 + r.Int64N(2048))
+				off := r.Int64N((8<<20-n)/512+1) * 512
+				short, cancel := context.WithTimeout(ctx, time.Duration(r.Int64N(int64(20*time.Millisecond))))
+				err := c.ReadAt(short, b[:n], off, 0)
+				cancel()
+				switch block.KindOf(err) {
+				case block.KindNone:
+					done.Add(1)
+					if !bytes.Equal(b[:n], want[off:off+n]) {
+						t.Errorf("%d bytes at %d differ", n, off)
+						return
+					}
+				case block.KindCanceled:
+					gone.Add(1)
+					copy(b, canary)
+					time.Sleep(2 * time.Millisecond)
+					if !bytes.Equal(b, canary) {
+						t.Error("a buffer was touched after its call")
+						return
+					}
+				default:
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for range 3 {
+		time.Sleep(250 * time.Millisecond)
+		p.kill()
+		p.start()
+	}
+	time.Sleep(250 * time.Millisecond)
+	stop.Store(true)
+	wg.Wait()
+	t.Logf("%d answered, %d given up; %+v", done.Load(), gone.Load(), c.Stats())
+	if done.Load() == 0 || gone.Load() == 0 {
+		t.Error("the test tested nothing")
+	}
+}
