@@ -63,7 +63,8 @@ type conn struct {
 	br *bufio.Reader
 	ex export
 
-	load atomic.Int32 // requests in the table
+	load     atomic.Int32 // requests in the table
+	answered atomic.Bool  // a request was answered
 
 	wlock chan struct{} // of length 1: held while a request's bytes go out
 	hdr   [p.RequestLen]byte
@@ -295,6 +296,7 @@ func (c *conn) end(r *request, done bool) error {
 	if !done {
 		return nil
 	}
+	c.answered.Store(true)
 	i := uint32(r.cookie)
 	c.table[i] = nil
 	c.free = append(c.free, i)

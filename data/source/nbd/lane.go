@@ -16,8 +16,6 @@ const (
 	lastRetry  = 5 * time.Second
 	// lastRetryLocal is lastRetry over a unix socket: a try costs nothing there.
 	lastRetryLocal = 500 * time.Millisecond
-	// steady is how long a connection must live for the back-off to begin anew.
-	steady = 5 * time.Second
 	// maxLosses bounds how often one request may lose its connection before an
 	// answer, and maxViolations how often to a violation: it is then the
 	// request that breaks it.
@@ -25,7 +23,8 @@ const (
 	maxViolations = 3
 )
 
-// lane keeps one connection: c is the first one, or nil to dial.
+// lane keeps one connection: c is the first one, or nil to dial. The back-off
+// between tries begins anew after a connection that answered anything.
 func (cl *Client) lane(i int, c *conn) {
 	wait := firstRetry
 	top := lastRetry
@@ -44,7 +43,6 @@ func (cl *Client) lane(i int, c *conn) {
 			}
 		}
 		if c != nil {
-			born := time.Now()
 			if !cl.install(i, c) {
 				c.disconnect()
 				c.drain(errClosed)
@@ -56,11 +54,10 @@ func (cl *Client) lane(i int, c *conn) {
 			if cl.ctx.Err() != nil {
 				return
 			}
-			c = nil
-			if time.Since(born) > steady {
+			if c.answered.Load() {
 				wait = firstRetry
-				continue
 			}
+			c = nil
 		}
 		t := time.NewTimer(wait/2 + rand.N(wait))
 		select {

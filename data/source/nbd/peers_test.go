@@ -533,7 +533,7 @@ func TestCancelStress(t *testing.T) {
 			b := make([]byte, 1<<20)
 			canary := bytes.Repeat([]byte{0xcc}, len(b))
 			for !stop.Load() {
-				n := 512 * (1 + r.Int64N(2048))
+				n := 512 * (1 + r.Int64N(256))
 				off := r.Int64N((8<<20-n)/512+1) * 512
 				short, cancel := context.WithTimeout(ctx, time.Duration(r.Int64N(int64(20*time.Millisecond))))
 				err := c.ReadAt(short, b[:n], off, 0)
