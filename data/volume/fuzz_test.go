@@ -254,3 +254,31 @@ func FuzzLog(f *testing.F) {
 		}
 	})
 }
+
+// TestMaskNeverWithoutItsZero: between taking the names of what changed and
+// reading the states, a chunk that was written may be zeroed. Its empty mask in
+// the log, without its base, would bring the source's bytes back.
+func TestMaskNeverWithoutItsZero(t *testing.T) {
+	for _, whole := range []bool{false, true} {
+		for _, again := range []bool{false, true} {
+			a := fuzzTable()
+			a.setMask(5, 0, 4)
+			d := a.dirty.take(true)
+			if whole {
+				a.zeroPage(0)
+			} else {
+				a.zeroChunk(5)
+			}
+			if again {
+				a.setMask(5, 8, 9)
+			}
+			b := fuzzTable()
+			if _, _, err := replayLog(logOf(a.collect(&d), &sigs{File: noFile{}}), 9, &b.geometry, &nullReplay{replay{t: b}}); err != nil {
+				t.Fatal(err)
+			}
+			if n := b.nib(5); n&baseMask != baseZero || b.covered(5, 8, 9) != again || b.covered(5, 0, 1) {
+				t.Fatalf("whole page %v, written again %v: chunk 5 is in state %d", whole, again, n)
+			}
+		}
+	}
+}
