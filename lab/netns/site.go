@@ -43,10 +43,13 @@ func (s Site) Command(ctx context.Context, name string, args ...string) *exec.Cm
 func (s Site) Do(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		// The thread is never unlocked and so ends with the goroutine,
-		// instead of carrying the namespace back into the runtime.
 		runtime.LockOSThread()
-		done <- func() error {
+		home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			done <- err
+			return
+		}
+		err = func() error {
 			fd, err := unix.Open(filepath.Join(runDir, s.Name), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 			if err != nil {
 				return fmt.Errorf("open namespace %s: %w", s.Name, err)
@@ -57,6 +60,14 @@ func (s Site) Do(f func() error) error {
 			}
 			return f()
 		}()
+		// The thread must come home and live: a thread that ends takes the
+		// programs with it that it started with a parent-death signal. Only
+		// one that cannot come home stays locked, and ends.
+		if unix.Setns(home, unix.CLONE_NEWNET) == nil {
+			runtime.UnlockOSThread()
+		}
+		unix.Close(home)
+		done <- err
 	}()
 	return <-done
 }
