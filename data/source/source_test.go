@@ -343,14 +343,21 @@ func TestRunningMachine(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
-	for range 500 {
-		if _, err := os.Stat(sock); err == nil {
-			break
+	for range 500 { // it greets once the image is open
+		if c, err := net.Dial("unix", sock); err == nil {
+			n, _ := c.Read(make([]byte, 8))
+			c.Close()
+			if n > 0 {
+				break
+			}
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
 	for _, o := range []Options{{}, {WriteImages: true}} {
-		_, err := Open(ctx, path+"?format=qcow2", o)
+		d, err := Open(ctx, path+"?format=qcow2", o)
+		if err == nil {
+			d.Close()
+		}
 		kindIs(t, err, block.KindBusy)
 	}
 }
