@@ -219,7 +219,16 @@ func (s *Store) snapshotLocked() snapshot {
 }
 
 func (s *Store) manifestOf(sn snapshot, rs []*sharedRun) *manifest {
-	m := &manifest{id: s.id, nextRun: s.nextRun, nextPack: sn.nextPack, pos: sn.pos, packs: sn.packs, building: sn.building}
+	m := &manifest{id: s.id, nextRun: s.nextRun, nextPack: sn.nextPack, pos: sn.pos, building: sn.building}
+	// A pack removed since: the runs may have forgotten its chunks, so it must not
+	// count should a power cut bring it back.
+	s.mu.RLock()
+	for _, p := range sn.packs {
+		if s.packs[p.id] != nil {
+			m.packs = append(m.packs, p)
+		}
+	}
+	s.mu.RUnlock()
 	for _, r := range rs {
 		m.runs = append(m.runs, r.ID())
 	}

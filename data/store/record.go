@@ -168,6 +168,9 @@ func (s *scanned) miss(gap *bool) {
 // scanBuffer holds any record, with room to read ahead.
 const scanBuffer = 2 << 20
 
+// scanMemory is the buffer for a scan of a pack of n bytes.
+func scanMemory(n int64) []byte { return make([]byte, min(n, scanBuffer)) }
+
 // window reads forward in large pieces.
 type window struct {
 	r    io.ReaderAt

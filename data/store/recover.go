@@ -22,7 +22,16 @@ func (s *Store) recover() error {
 	if err != nil && !mapLost(err) {
 		return err
 	}
-	s.building = err != nil && len(files) > 0 || m != nil && m.building
+	if m == nil {
+		// A log as short as the part that has no checkpoint may be just that.
+		n, err := s.logBytes(files)
+		if err != nil {
+			return err
+		}
+		s.building = n > hardFactor*s.opt.CheckpointBytes
+	} else {
+		s.building = m.building
+	}
 	if err != nil && block.KindOf(err) != block.KindNotFound {
 		s.log.Warn("store: the block map is damaged", "error", err)
 	}
@@ -91,6 +100,17 @@ func (s *Store) packFiles() ([]uint32, error) {
 	}
 	slices.Sort(ids)
 	return ids, nil
+}
+
+func (s *Store) logBytes(files []uint32) (n int64, err error) {
+	for _, id := range files {
+		st, err := s.fs.Stat(s.packPath(id))
+		if err != nil {
+			return 0, err
+		}
+		n += st.Size
+	}
+	return n, nil
 }
 
 // loadMap opens what the manifest names.
@@ -174,7 +194,7 @@ func (s *Store) adoptPack(id uint32, known map[uint32]packState, from position) 
 	p := &pack{id: id, salt: saltOf(s.id, id), end: st.Size}
 	k, inMap := known[id]
 	switch {
-	case id > from.Pack || id == from.Pack && !inMap:
+	case id > from.Pack || id == from.Pack && from.Off == 0:
 		s.dirty = append(s.dirty, p)
 	case !inMap:
 		s.log.Info("store: a removed pack came back and is removed again", "pack", packName(id))
@@ -209,7 +229,11 @@ func (s *Store) replay(files []uint32, from position) error {
 		s.log.Warn("store: building the block map from the packs", "packs", len(s.dirty), "bytes", total)
 	}
 	begin, chunks, wrote := time.Now(), 0, false
-	buf := make([]byte, scanBuffer)
+	var largest int64
+	for _, p := range s.dirty {
+		largest = max(largest, p.end)
+	}
+	buf := scanMemory(largest)
 	reported := begin
 	for _, p := range slices.Clone(s.dirty) {
 		start := int64(packHeader)

@@ -34,7 +34,7 @@ func (s *Store) repair() error {
 	s.mu.RUnlock()
 	slices.SortFunc(todo, func(a, b *pack) int { return int(int64(b.id) - int64(a.id)) })
 	restored := 0
-	buf := make([]byte, scanBuffer)
+	buf := scanMemory(scanBuffer)
 	for _, p := range todo {
 		n, err := s.repairFrom(p, buf)
 		if err != nil {

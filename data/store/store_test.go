@@ -217,6 +217,7 @@ func TestWrongBytesNeverComeBack(t *testing.T) {
 // TestRandomAgainstTwin does what may be done in any order, with clean closes,
 // kills and power cuts, against a map.
 func TestRandomAgainstTwin(t *testing.T) {
+	t.Parallel()
 	seeds := 24
 	if testing.Short() {
 		seeds = 6

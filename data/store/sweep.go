@@ -290,7 +290,7 @@ func (s *Store) copyLive(c *candidate, live func(chunk.Sig) bool) (seen, copied 
 	s.mu.RLock()
 	end := c.end
 	s.mu.RUnlock()
-	_, err = scan(f, end, packHeader, c.salt, c.id, make([]byte, scanBuffer), func(e runs.Entry, _ []byte) error {
+	_, err = scan(f, end, packHeader, c.salt, c.id, scanMemory(end), func(e runs.Entry, _ []byte) error {
 		if s.closing.Load() {
 			return &block.Error{Op: "store.sweep", Object: s.dir, Kind: block.KindClosed}
 		}

@@ -24,7 +24,7 @@ type Iter struct {
 // Iter begins a walk. With skip, damaged pages are passed over and counted;
 // without it they end the walk with an error.
 func (r *Run) Iter(skip bool) *Iter {
-	return &Iter{r: r, skip: skip, buf: make([]byte, readBatch*PageSize)}
+	return &Iter{r: r, skip: skip, buf: make([]byte, min(readBatch, int(r.pages))*PageSize)}
 }
 
 // Next returns the next entry, nil at the end. It is valid until the next call.

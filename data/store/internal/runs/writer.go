@@ -43,7 +43,7 @@ func Create(fs disk.FS, path string, id uint32, n int) (*Writer, error) {
 		return nil, err
 	}
 	return &Writer{fs: fs, path: path, id: id, f: f, filter: newFilter(n),
-		fence: make([]uint64, 0, n/PerPage+1), buf: make([]byte, 0, writeBatch)}, nil
+		fence: make([]uint64, 0, n/PerPage+1), buf: make([]byte, 0, min(writeBatch, (n/PerPage+1)*PageSize))}, nil
 }
 
 // Add appends an entry. Signatures must rise.
