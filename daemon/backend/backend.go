@@ -93,6 +93,9 @@ func (b *Backend) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer lock.Close()
+	if err := pki.CheckOwn(b.cfg.PKI, b.cfg.Name, pki.RoleBackend); err != nil {
+		return err
+	}
 	tlsConfig, err := pki.ServerTLS(b.cfg.PKI, b.cfg.Name, pki.RoleFrontend)
 	if err != nil {
 		return err

@@ -64,6 +64,9 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer lock.Close()
+	if err := pki.CheckOwn(f.cfg.PKI, f.cfg.Name, pki.RoleFrontend); err != nil {
+		return err
+	}
 	clientTLS, err := pki.ClientTLS(f.cfg.PKI, f.cfg.Name, pki.RoleBackend)
 	if err != nil {
 		return err

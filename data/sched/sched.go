@@ -113,7 +113,7 @@ func New(link Link, sink func(i int64, p chunk.Packed) error, o Options) *Schedu
 	}
 	s := &Scheduler{link: link, sink: sink, opts: o, q: NewQueue(), flights: map[int64]*flight{},
 		avg: float64(o.ChunkBytes) / 2}
-	s.window = NewWindow(WindowOptions{Min: int64(o.BatchChunks * o.ChunkBytes / 2), Max: o.MaxWindow, Target: o.Target})
+	s.window = NewWindow(WindowOptions{Min: int64(o.BatchChunks * o.ChunkBytes), Max: o.MaxWindow, Target: o.Target})
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
@@ -217,13 +217,14 @@ func (s *Scheduler) dispatch(now time.Time) {
 	}
 	for s.mayBackground(now) {
 		r := rankSoon
-		batch := s.q.Next(r, s.opts.BatchChunks)
+		most := s.backgroundBatch()
+		batch := s.q.Next(r, most)
 		if batch == nil {
 			if s.paused {
 				return
 			}
 			r = rankSweep
-			if batch = s.q.Next(r, s.opts.BatchChunks); batch == nil {
+			if batch = s.q.Next(r, most); batch == nil {
 				return
 			}
 		}
@@ -250,9 +251,16 @@ func (s *Scheduler) mayBackground(now time.Time) bool {
 	return s.inFlight() < s.window.Bytes()
 }
 
-// inFlight estimates the background wire bytes on their way.
+// backgroundBatch is how many chunks one background request asks for: an
+// eighth of the window, lest one request alone outweigh a small window.
+func (s *Scheduler) backgroundBatch() int {
+	return min(max(int(float64(s.window.Bytes())/8/max(s.avg, 1)), 1), s.opts.BatchChunks)
+}
+
+// inFlight estimates the background wire bytes on their way. A run of zeros
+// must not make the next chunks look free, so a chunk counts as something.
 func (s *Scheduler) inFlight() int64 {
-	return int64(float64(s.q.sent[rankSoon]+s.q.sent[rankSweep]) * s.avg)
+	return int64(float64(s.q.sent[rankSoon]+s.q.sent[rankSweep]) * max(s.avg, float64(s.opts.ChunkBytes)/8))
 }
 
 func (s *Scheduler) wakeIn(d time.Duration) {

@@ -284,3 +284,37 @@ func TestAbandonedWork(t *testing.T) {
 		}
 	})
 }
+
+// TestQueueOfTheFillDoesNotCreep: a fill of hours keeps its queue at the
+// target; it must not come to count as the link's own delay.
+func TestQueueOfTheFillDoesNotCreep(t *testing.T) {
+	for _, rtt := range []time.Duration{40 * time.Millisecond, 200 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			const rate = 12.5e6
+			l := newLine(rtt, rate, 40<<10)
+			s := New(l, func(int64, chunk.Packed) error { return nil }, Options{})
+			defer s.Close()
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			for k := range int64(32) {
+				go func() {
+					for n := int64(0); ctx.Err() == nil; n++ {
+						_ = s.Fetch(ctx, run((n*32+k)*64, 64), block.Background)
+					}
+				}()
+			}
+			time.Sleep(10 * time.Second)
+			sent, began := l.total(), time.Now()
+			time.Sleep(5 * time.Minute)
+			st := s.Stats()
+			used := float64(l.total()-sent) / time.Since(began).Seconds() / rate
+			t.Logf("rtt %v: link %.1f%% used, window %d, delay %v over %v", rtt, 100*used, st.WindowBytes, st.Delay, st.BaseDelay)
+			if used < 0.95 {
+				t.Errorf("the link was used to %.1f%% only", 100*used)
+			}
+			if st.BaseDelay > rtt+10*time.Millisecond {
+				t.Errorf("the base crept to %v on a line of %v", st.BaseDelay, rtt)
+			}
+		})
+	}
+}

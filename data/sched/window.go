@@ -16,6 +16,9 @@ type Window struct {
 	span    int
 	spanEnd time.Time
 	delay   time.Duration // of the newest sample, above the base
+
+	probeNext, probeEnd time.Time // of looking at the link without its queue
+	before              float64   // the window to go back to after it
 }
 
 // WindowOptions bound a Window, in wire bytes.
@@ -27,6 +30,16 @@ type WindowOptions struct {
 const (
 	baseSpans = 6
 	baseSpan  = 10 * time.Second
+
+	// probeEvery is how often the window steps back for two round trips, so
+	// that the queue it keeps drains and the true base shows. Without it the
+	// queue counts as base once every sample of the last minute had it, the
+	// window grows by another target on top, and so on without end: the
+	// latecomer problem, solved as LEDBAT++ does by periodic slowdowns
+	// (draft-irtf-iccrg-ledbat-plus-plus, section 4.2).
+	probeEvery = baseSpan
+	// probeShare is the part of the link's own capacity in flight meanwhile.
+	probeShare = 0.8
 )
 
 // NewWindow returns a window at its minimum.
@@ -66,19 +79,42 @@ func (w *Window) Sample(now time.Time, took time.Duration, bytes int64, limited,
 		w.base[w.span] = took
 	}
 	w.delay = took - w.Base()
+	switch {
+	case !w.probeEnd.IsZero():
+		if now.Before(w.probeEnd) {
+			return
+		}
+		w.probeEnd, w.probeNext = time.Time{}, now.Add(probeEvery)
+		return // it tells of the probe
+	case w.probeNext.IsZero():
+		w.probeNext = now.Add(probeEvery)
+	case now.After(w.probeNext) && !w.start:
+		w.before = w.bytes
+		w.probeEnd = now.Add(2 * took)
+		w.bytes *= probeShare * float64(w.Base()) / float64(took)
+		return
+	}
 	target := w.opts.Target
 	if careful {
 		target /= carefulShare
 	}
 	off := max(1-float64(w.delay)/float64(target), -1)
-	if off < 0 {
+	if off < 0 && w.start {
+		// Doubling went up to a round trip too far; go back to what the link
+		// holds without a queue, rather than creep there while others wait.
 		w.start = false
+		w.bytes *= float64(w.Base()) / float64(took)
 	}
 	// Over one round trip the samples add up to one window. A step of that
 	// size would overshoot by a round trip's worth of queue; the step is so
 	// small that the queue moves by half its target in one.
 	step := float64(bytes) * min(float64(w.opts.Target)/float64(took), 1) / 2
+	if off < 0 || w.bytes >= w.before {
+		w.before = 0
+	}
 	switch {
+	case w.before > 0: // after a probe: over a few round trips, not in a burst
+		w.bytes = min(w.bytes+float64(bytes)/4, w.before)
 	case w.start && limited:
 		w.bytes += float64(bytes) // doubles in a round trip
 	case off < 0 || limited:

@@ -192,6 +192,23 @@ func Explain(err error) error {
 	return err
 }
 
+// CheckOwn says whether the node's own certificate has the role its daemon
+// needs, so that the mistake is named here and not by the other side's alert.
+func CheckOwn(dir, name string, needed Role) error {
+	l, _, err := open(dir, name)
+	if err != nil {
+		return err
+	}
+	c, err := l.usable()
+	if err != nil {
+		return err
+	}
+	if role, _ := identity(c.Leaf); role != needed {
+		return denied("%s has the role %q, and this daemon needs %q; %s makes one", l.crt, role, needed, issueCommand(dir, name, needed))
+	}
+	return nil
+}
+
 // leaf is a node's own certificate, read again when its files change.
 type leaf struct {
 	crt, key string
