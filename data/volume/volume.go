@@ -52,7 +52,7 @@ type Remote interface {
 type Options struct {
 	Name       string // for errors and logs
 	Size       int64  // bytes, a multiple of BlockSize
-	BlockSize  int    // 512 when 0; a power of two from 512 to 4096
+	BlockSize  int    // a power of two up to 4096; 512 when it is less
 	ChunkBytes int    // chunk.DefaultSize when 0
 	SourceID   string // names the content's origin; a volume made for another one is not opened
 	Store      Store
@@ -79,8 +79,8 @@ type Tuning struct {
 }
 
 func (o *Options) complete() error {
-	if o.BlockSize == 0 {
-		o.BlockSize = 512
+	if o.BlockSize < sectorBytes {
+		o.BlockSize = sectorBytes
 	}
 	if o.ChunkBytes == 0 {
 		o.ChunkBytes = chunk.DefaultSize
@@ -101,7 +101,7 @@ func (o *Options) complete() error {
 	case o.Store == nil:
 		return errors.New("a volume needs a store")
 	case !power(o.BlockSize, sectorBytes, 1<<blockShift):
-		return fmt.Errorf("block size %d is not a power of two from 512 to 4096", o.BlockSize)
+		return fmt.Errorf("block size %d is not a power of two up to 4096", o.BlockSize)
 	case !power(o.ChunkBytes, chunk.MinSize, chunk.MaxSize):
 		return fmt.Errorf("chunk size %d is not a power of two from %d to %d", o.ChunkBytes, chunk.MinSize, chunk.MaxSize)
 	case o.Size <= 0 || o.Size%int64(o.BlockSize) != 0 || o.Size > maxSize:

@@ -233,7 +233,7 @@ func TestOpenRefuses(t *testing.T) {
 		{func(o *Options) { o.ChunkBytes *= 2 }, block.KindInvalid, "chunks"},
 		{func(o *Options) { o.SourceID = "disk-2" }, block.KindInvalid, "source"},
 		{func(o *Options) { o.Size = 100 }, block.KindInvalid, "multiple"},
-		{func(o *Options) { o.BlockSize = 1 }, block.KindInvalid, "block size"},
+		{func(o *Options) { o.BlockSize = 768 }, block.KindInvalid, "block size"},
 		{func(o *Options) { o.ChunkBytes = 12345 }, block.KindInvalid, "chunk size"},
 		{func(o *Options) { o.Store = nil }, block.KindInvalid, "store"},
 	} {
