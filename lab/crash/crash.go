@@ -100,9 +100,10 @@ func Run(ctx context.Context, c Config) (Result, error) {
 			time.Since(start).Seconds(), k.History.Acked, k.History.Checked, k.History.Rewound)
 	}
 	if k.rig != nil {
-		if err := k.rig.Stop(); err != nil {
+		if err := k.end(); err != nil {
 			return k.Result, err
 		}
+		k.note()
 	}
 	return k.Result, k.sourceIntact()
 }
@@ -117,6 +118,7 @@ type campaign struct {
 	past   oracle.Stats // of histories before this one
 	life   int
 	source string
+	window time.Duration // kills hit a cut-over so long after its start at most
 }
 
 func (k *campaign) kill() {
@@ -182,8 +184,11 @@ func (k *campaign) fillArgs() []string {
 	return []string{"--fill-limit", fmt.Sprint(k.FillRate)}
 }
 
-// end ends a life well and removes what it left.
+// end judges the whole disk, ends a life well and removes what it left.
 func (k *campaign) end() error {
+	if err := k.judgeAll("at the end of a life"); err != nil {
+		return err
+	}
 	k.client.Close()
 	k.client = nil
 	if err := k.rig.Stop(); err != nil {
@@ -208,19 +213,28 @@ func (k *campaign) dial(ctx context.Context) (err error) {
 	return nil
 }
 
-// judge reads the whole disk.
+// judge reads all that was written and a sixteenth of the rest, so that there
+// is still something to be filled.
 func (k *campaign) judge(what string) error {
+	if err := k.hist.VerifyTouched(k.client, 16, k.rng.Int64N(16)); err != nil {
+		return errors.Join(fmt.Errorf("%s: %w", what, err), k.rig.Frontend.Trouble("served it"))
+	}
+	return nil
+}
+
+// judgeAll reads the whole disk.
+func (k *campaign) judgeAll(what string) error {
 	if err := k.hist.Verify(k.client); err != nil {
 		return errors.Join(fmt.Errorf("%s: %w", what, err), k.rig.Frontend.Trouble("served it"))
 	}
 	return nil
 }
 
-// working runs the load until stop is called, which returns how it ended.
+// working runs the load on the first half of the disk until stop is called, which returns how it ended.
 func (k *campaign) working(ctx context.Context, pause time.Duration) (stop func() error) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan error, 1)
-	client, cfg := k.client, load.Config{Seed: k.rng.Uint64(), Depth: 6, Pause: pause}
+	client, cfg := k.client, load.Config{Seed: k.rng.Uint64(), Depth: 6, Pause: pause, To: k.Size / 2}
 	go func() {
 		st, err := load.Run(ctx, client, k.hist, cfg)
 		k.Load.Writes += st.Writes
@@ -361,11 +375,18 @@ func (k *campaign) cutover(ctx context.Context) error {
 		cut.Wait()
 		close(cutDone)
 	}()
-	time.Sleep(k.moment(1500 * time.Millisecond))
+	if k.window == 0 {
+		k.window = time.Second
+	}
+	time.Sleep(k.moment(k.window))
 	select {
 	case <-cutDone:
+		// Nothing was hit. How long a cut-over takes is the machine's affair;
+		// the window follows it.
 		k.LateKills++
+		k.window = max(k.window*2/3, 50*time.Millisecond)
 	default:
+		k.window = k.window * 11 / 10
 	}
 	k.rig.Frontend.Kill()
 	<-k.client.Done()
