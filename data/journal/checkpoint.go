@@ -2,6 +2,7 @@ package journal
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"forerun/block"
@@ -31,7 +32,7 @@ func (j *Journal) keep() {
 }
 
 // due says whether a checkpoint should be made: after the interval when there
-// was a write, else by bytes, or when three quarters of the space are used.
+// was a write, else by bytes, or when half of the space is used.
 func (j *Journal) due(timed bool) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -42,7 +43,7 @@ func (j *Journal) due(timed bool) bool {
 		return true
 	}
 	sealed := int64(len(j.segs)-1) * j.opt.SegmentBytes
-	return j.pos.Sequence > j.applied && sealed >= j.opt.MaxBytes/4*3
+	return j.pos.Sequence > j.applied && sealed >= j.opt.MaxBytes/2
 }
 
 // Checkpoint makes the device below durable up to the last record and gives
@@ -56,15 +57,22 @@ func (j *Journal) Checkpoint(context.Context) error {
 }
 
 // checkpoint begins a new segment, waits until all records in older ones are
-// applied, flushes the device below and removes the older segments. With doubt
+// applied, flushes the device below and removes the older segments. With unsynced
 // set a sync of them has failed: holds do not keep them, and success means
 // that a flush is answered.
-func (j *Journal) checkpoint(doubt bool) error {
+func (j *Journal) checkpoint(unsynced bool) error {
 	j.ckpt.Lock()
 	defer j.ckpt.Unlock()
 	begin := time.Now()
-	rolled := j.turn()
-	if doubt && rolled != nil {
+	if err := j.doubt(nil); err != nil {
+		j.settleCheckpoint(begin, err)
+		return err
+	}
+	var rolled error
+	if unsynced || !j.again() {
+		rolled = j.turn()
+	}
+	if unsynced && rolled != nil {
 		return rolled // the segment in doubt must go, and there is nothing to go on with
 	}
 	j.since.Store(0)
@@ -95,8 +103,13 @@ func (j *Journal) checkpoint(doubt bool) error {
 	flushed := cover.Sequence <= j.applied
 	j.mu.Unlock()
 
-	if !flushed || doubt {
-		if err := j.below.Flush(context.Background(), block.Background); err != nil {
+	if !flushed || unsynced {
+		ctx := j.base
+		if unsynced {
+			ctx = context.Background() // a caller waits for it, and Close for the caller
+		}
+		if err := j.below.Flush(ctx, block.Background); err != nil {
+			err = j.doubt(err)
 			j.settleCheckpoint(begin, err)
 			return err
 		}
@@ -104,14 +117,35 @@ func (j *Journal) checkpoint(doubt bool) error {
 	j.mu.Lock()
 	j.applied = max(j.applied, cover.Sequence)
 	j.mu.Unlock()
-	err := j.trim(cover, doubt)
-	if err == nil && doubt {
+	err := j.trim(cover, unsynced)
+	if err == nil && unsynced {
 		j.mu.Lock()
 		j.safe = max(j.safe, cover.Sequence)
 		j.claim.Store(max(j.claim.Load(), cover.Sequence))
 		j.mu.Unlock()
 	}
 	j.settleCheckpoint(begin, err)
+	return err
+}
+
+// doubt notes that the device below failed to flush, and answers the error to
+// tell. A device that lost pages may well succeed the next time, so no segment
+// is removed any more: opening the journal again replays them all. Only kinds
+// that say "it may be tried again" may be.
+func (j *Journal) doubt(err error) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	switch block.KindOf(err) {
+	case block.KindNone, block.KindNoSpace, block.KindUnavailable:
+	default:
+		if j.doubtful == nil {
+			j.doubtful = block.E("journal.checkpoint", j.dir, block.KindIO, fmt.Errorf(
+				"the device below failed to flush and may have lost writes the journal still has; check its disk, then restart the volume: %w", err))
+		}
+	}
+	if j.doubtful != nil {
+		return j.doubtful
+	}
 	return err
 }
 
@@ -133,6 +167,14 @@ func (j *Journal) settleCheckpoint(begin time.Time, err error) {
 	j.stuck = err
 	j.space.ring()
 	j.mu.Unlock()
+}
+
+// again says whether this checkpoint repeats one that failed: then it does not
+// seal one more segment, however little is in it.
+func (j *Journal) again() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.stuck != nil && j.segs[0].sealed.Load()
 }
 
 // turn takes the lead for a moment and begins a new segment, unless the
@@ -161,15 +203,15 @@ func (j *Journal) turn() error {
 // trim removes segments, oldest first, that end at or before cover and that no
 // hold needs. The newest segment always stays, durably: it carries the
 // position on.
-func (j *Journal) trim(cover Position, doubt bool) error {
+func (j *Journal) trim(cover Position, unsynced bool) error {
 	for {
 		j.mu.Lock()
 		s, n := j.segs[0], len(j.segs)
-		if n < 2 || s.last.Sequence > cover.Sequence || s.pending.Load() > 0 || j.closedNow() && !doubt {
+		if n < 2 || s.last.Sequence > cover.Sequence || s.pending.Load() > 0 || j.closedNow() && !unsynced {
 			j.mu.Unlock()
 			return j.saveHolds()
 		}
-		if name, held := j.holder(s.last.Sequence); held && !doubt {
+		if name, held := j.holder(s.last.Sequence); held && !unsynced {
 			if int64(n)*j.opt.SegmentBytes <= j.opt.MaxBytes/2 {
 				j.mu.Unlock()
 				return j.saveHolds()
@@ -187,9 +229,7 @@ func (j *Journal) trim(cover Position, doubt bool) error {
 		j.mu.Unlock()
 		var err error
 		if !named {
-			if err = next.file.Sync(); err == nil {
-				err = j.fs.SyncDir(j.dir)
-			}
+			err = j.fs.SyncDir(j.dir) // its header is durable since it has that name
 		}
 		if err == nil {
 			err = j.discard(s)

@@ -41,6 +41,12 @@
 // journal stays failed: writes and flushes are refused with KindIO until it
 // is opened again; reads go on.
 //
+// A failed flush of the device below is not forgotten either: no checkpoint is
+// made any more, so that the next opening replays everything since the last
+// good one. Writes and flushes go on until the journal is full and are then
+// refused. (KindNoSpace and KindUnavailable say that the flush may be tried
+// again, and it is.)
+//
 // A full disk: segments are reserved whole, a spare one is kept, and a
 // checkpoint recycles old ones, so that the journal does not need new space in
 // steady state. When there is none at all, the write is refused with

@@ -63,6 +63,8 @@ type Journal struct {
 	life   sync.RWMutex // held for reading during each call
 	closed bool         // guarded by life
 	stop   chan struct{}
+	base   context.Context // ends when Close begins
+	end    context.CancelFunc
 	keeper sync.WaitGroup
 	kick   chan struct{} // asks the keeper to look
 
@@ -86,6 +88,7 @@ type Journal struct {
 	syncing  bool
 	syncSegs []*segment // owned by whoever set syncing
 	failed   error      // set once, refuses writes and flushes
+	doubtful error      // set once: the device below failed to flush
 	stuck    error      // why the last checkpoint failed, nil when it did not
 	holds    map[string]Position
 	waiting  int // writers waiting for space
@@ -150,6 +153,7 @@ func Open(fsys disk.FS, dir string, below block.Device, opt Options) (*Journal, 
 		o.self[0] = o
 		j.free <- o
 	}
+	j.base, j.end = context.WithCancel(context.Background())
 	if err := fsys.MkdirAll(dir); err != nil {
 		return nil, block.E("journal.open", dir, 0, err)
 	}
@@ -163,6 +167,7 @@ func Open(fsys disk.FS, dir string, below block.Device, opt Options) (*Journal, 
 	}
 	j.lock = lock
 	if err := j.recover(); err != nil {
+		j.end()
 		j.release()
 		return nil, err
 	}
@@ -236,6 +241,7 @@ func (j *Journal) Close() error {
 	select {
 	case <-j.stop:
 	default:
+		j.end()
 		close(j.stop) // ends the waits of writers and of the keeper
 	}
 	j.mu.Unlock()

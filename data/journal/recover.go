@@ -1,7 +1,6 @@
 package journal
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -53,8 +52,7 @@ func (j *Journal) recover() error {
 }
 
 // list opens the segments of the directory, in order of their ids, into
-// j.segs. Those whose header says that they were never begun are left out, to
-// be removed.
+// j.segs.
 func (j *Journal) list() error {
 	names, err := j.fs.List(j.dir)
 	if err != nil {
@@ -93,7 +91,7 @@ func (j *Journal) list() error {
 	return nil
 }
 
-// load reads the header. A segment that was never begun keeps first == 0.
+// load reads the header.
 func (s *segment) load(id uint64) error {
 	st, err := s.file.Stat()
 	if err != nil {
@@ -111,13 +109,10 @@ func (s *segment) load(id uint64) error {
 	case newer:
 		return block.E("journal.open", s.path, block.KindUnsupported,
 			errors.New("the segment was written by a newer version of forerun; use that version"))
-	case ok && h.id == id:
-		s.segInfo, s.seed = h, h.seed()
-	case ok, len(bytes.Trim(b, "\x00")) == 0:
-		s.id = id // a power cut came before the header of the file's new life
-	default:
+	case !ok || h.id != id:
 		return damaged(s.path, 0, "its header is damaged")
 	}
+	s.segInfo, s.seed = h, h.seed()
 	return nil
 }
 
@@ -134,7 +129,7 @@ type replayPlan struct {
 	from  uint64     // first sequence to be applied
 	last  Position   // where the log ends
 	voids map[uint64]bool
-	drop  []*segment // never begun, or behind a torn tail
+	drop  []*segment // behind a torn tail
 	old   []*segment // before the first of segs; applied
 }
 
@@ -142,14 +137,9 @@ type replayPlan struct {
 // changes nothing.
 func (j *Journal) plan() (*replayPlan, error) {
 	pl := &replayPlan{voids: map[uint64]bool{}}
-	var valid []*segment
+	valid := j.segs
 	applied := uint64(0)
-	for _, s := range j.segs {
-		if s.first == 0 {
-			pl.drop = append(pl.drop, s)
-			continue
-		}
-		valid = append(valid, s)
+	for _, s := range valid {
 		applied = max(applied, s.applied)
 	}
 	if len(valid) == 0 {
@@ -294,13 +284,10 @@ func (j *Journal) begin(pl *replayPlan) error {
 	if err := j.roll(); err != nil {
 		return err
 	}
-	if err := j.cur.file.Sync(); err != nil {
-		return block.E("journal.open", j.cur.path, 0, err)
-	}
 	if err := j.fs.SyncDir(j.dir); err != nil {
 		return block.E("journal.open", j.dir, 0, err)
 	}
-	j.cur.named, j.cur.syncedTail = true, j.cur.tail
+	j.cur.named = true
 	for ; chained > 0; chained-- {
 		if err := j.discard(j.segs[0]); err != nil {
 			return block.E("journal.open", j.dir, 0, err)

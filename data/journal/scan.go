@@ -16,7 +16,7 @@ type window struct {
 }
 
 func newWindow(r io.ReaderAt, size int64) *window {
-	return &window{r: r, size: size, mem: make([]byte, maxPayload+2*pageSize)}
+	return &window{r: r, size: size, mem: make([]byte, min(max(size, 0), maxPayload+2*pageSize))}
 }
 
 // at returns n bytes at off, fewer at the end of the file. They stay valid

@@ -62,20 +62,22 @@ func (j *Journal) roll() error {
 	var salt [8]byte
 	rand.Read(salt[:]) // never fails (crypto/rand)
 	h.salt = binary.LittleEndian.Uint64(salt[:])
-	name := path.Join(j.dir, segName(id))
-	f, err := j.newFile(name, sp)
+	if sp == nil {
+		f, err := j.newSpare(id)
+		if err != nil {
+			return err
+		}
+		sp = f
+	}
+	name, err := j.start(&h, sp)
 	if err != nil {
+		// Whatever it holds, under this name nobody looks at it.
+		sp.file.Close()
+		j.fs.Remove(sp.path)
 		return block.E("journal.segment", name, 0, err)
 	}
-	page := make([]byte, segHeader)
-	h.encode(page)
-	if _, err := f.WriteAt(page, 0); err != nil {
-		f.Close()
-		j.fs.Remove(name)
-		return block.E("journal.segment", name, 0, err)
-	}
-	s := &segment{segInfo: h, seed: h.seed(), path: name, file: f, size: j.opt.SegmentBytes,
-		tail: segHeader, last: j.pos}
+	s := &segment{segInfo: h, seed: h.seed(), path: name, file: sp.file, size: j.opt.SegmentBytes,
+		tail: segHeader, syncedTail: segHeader, last: j.pos}
 	j.mu.Lock()
 	j.segs = append(j.segs, s)
 	j.mu.Unlock()
@@ -83,26 +85,33 @@ func (j *Journal) roll() error {
 	return nil
 }
 
-func (j *Journal) newFile(name string, sp *spare) (disk.File, error) {
-	if sp != nil {
-		if err := j.fs.Rename(sp.path, name); err != nil {
-			j.mu.Lock()
-			j.spares = append(j.spares, *sp)
-			j.mu.Unlock()
-			return nil, err
-		}
-		return sp.file, nil
+// start makes a spare file a segment. The header is durable before the file
+// has the name of a segment: under that name an invalid header is damage.
+func (j *Journal) start(h *segInfo, sp *spare) (name string, err error) {
+	name = path.Join(j.dir, segName(h.id))
+	page := make([]byte, segHeader)
+	h.encode(page)
+	if _, err = sp.file.WriteAt(page, 0); err == nil {
+		err = sp.file.Sync()
 	}
+	if err == nil {
+		err = j.fs.Rename(sp.path, name)
+	}
+	return name, err
+}
+
+// newSpare makes a file of segment size.
+func (j *Journal) newSpare(id uint64) (*spare, error) {
+	name := path.Join(j.dir, spareName(id))
 	f, err := j.fs.Open(name, disk.Write|disk.Create|disk.Trunc)
-	if err != nil {
-		return nil, err
-	}
-	if err := f.Allocate(0, j.opt.SegmentBytes); err != nil {
+	if err == nil {
+		if err = f.Allocate(0, j.opt.SegmentBytes); err == nil {
+			return &spare{name, f}, nil
+		}
 		f.Close()
 		j.fs.Remove(name)
-		return nil, err
 	}
-	return f, nil
+	return nil, block.E("journal.segment", name, 0, err)
 }
 
 // stock makes a spare file, so that a full disk is met with one in hand. It is
@@ -117,14 +126,13 @@ func (j *Journal) stock() {
 	if have > 0 {
 		return
 	}
-	name := path.Join(j.dir, spareName(id))
-	f, err := j.newFile(name, nil)
+	sp, err := j.newSpare(id)
 	if err != nil {
 		j.log.Warn("no space for a spare journal segment", "error", err)
 		return
 	}
 	j.mu.Lock()
-	j.spares = append(j.spares, spare{name, f})
+	j.spares = append(j.spares, *sp)
 	j.mu.Unlock()
 }
 

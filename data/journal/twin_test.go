@@ -11,6 +11,7 @@ import (
 
 	"forerun/block"
 	"forerun/disk"
+	"forerun/disk/disktest"
 )
 
 // memory is the device below: a byte slice that survives the journal, like a
@@ -118,7 +119,10 @@ func TestTwin(t *testing.T) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 7))
 			const size = 1 << 20
-			dir := t.TempDir()
+			fs, dir := disk.FS(disktest.New(seed)), "/journal"
+			if seed == 0 {
+				fs, dir = disk.OS(), t.TempDir()
+			}
 			live := newMemory(size)
 			twin := make([]byte, size)
 			durable := make([]byte, size) // the device as of its last flush
@@ -129,8 +133,12 @@ func TestTwin(t *testing.T) {
 				}
 				return nil
 			}
-			j := open(t, disk.OS(), dir, live, opt)
-			for i := range 3000 {
+			j := open(t, fs, dir, live, opt)
+			ops := 3000
+			if seed == 0 {
+				ops = 400
+			}
+			for i := range ops {
 				off := r.Int64N(size)
 				n := min(1+r.Int64N(20000), size-off)
 				var err error
@@ -163,7 +171,7 @@ func TestTwin(t *testing.T) {
 						t.Fatal(err)
 					}
 					live.b = bytes.Clone(durable) // what was not flushed is lost; the journal has it
-					j = open(t, disk.OS(), dir, live, opt)
+					j = open(t, fs, dir, live, opt)
 					if !bytes.Equal(live.snapshot(), twin) {
 						t.Fatal(i, "the device differs from the twin after replay")
 					}

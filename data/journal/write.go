@@ -281,15 +281,18 @@ func (j *Journal) fits(need int64) bool {
 	if len(j.segs) <= 1 && j.reserved == 0 {
 		return true
 	}
-	used := int64(0)
+	size := j.opt.SegmentBytes
+	used, room := size, int64(0) // a checkpoint needs a new segment
 	for _, s := range j.segs {
-		if s.sealed.Load() {
-			used += s.size
-		} else {
-			used += s.tail
+		used += s.size
+		if !s.sealed.Load() {
+			room = s.size - s.tail
 		}
 	}
-	return used+(j.reserved+need)*4/3 <= j.opt.MaxBytes
+	if more := (j.reserved+need)*4/3 - room; more > 0 {
+		used += (more + size - 1) / size * size
+	}
+	return used <= j.opt.MaxBytes
 }
 
 // group writes records for the first ops of batch with one pwrite (three when
