@@ -54,6 +54,19 @@ type Position struct {
 // String gives sequence and checksum.
 func (p Position) String() string { return fmt.Sprintf("%d/%08x", p.Sequence, p.Checksum) }
 
+// MarshalText gives what String gives, for files and status.
+func (p Position) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText reads what MarshalText gives.
+func (p *Position) UnmarshalText(b []byte) error {
+	var q Position
+	if n, err := fmt.Sscanf(string(b), "%d/%08x", &q.Sequence, &q.Checksum); n != 2 || err != nil || q.String() != string(b) {
+		return fmt.Errorf("%q is not a position of a journal", b)
+	}
+	*p = q
+	return nil
+}
+
 // segInfo is the header of a segment.
 type segInfo struct {
 	id      uint64

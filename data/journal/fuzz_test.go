@@ -15,7 +15,7 @@ import (
 func FuzzReplay(f *testing.F) {
 	build := func(n int) []byte {
 		fs := disktest.New(1)
-		j, err := Open(fs, "/journal", blocktest.NewTwin(1<<20, 512), crashOptions)
+		j, err := Open(fs, "/journal", blocktest.NewTwin(64<<10, 512), crashOptions)
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -61,7 +61,7 @@ func FuzzReplay(f *testing.F) {
 		}
 		w.WriteAt(b, 0)
 		w.Close()
-		twin := blocktest.NewTwin(1<<20, 512)
+		twin := blocktest.NewTwin(64<<10, 512)
 		j, err := Open(fs, "/journal", twin, crashOptions)
 		if err != nil {
 			if block.KindOf(err) == block.KindNone {

@@ -143,10 +143,10 @@ func Open(fsys disk.FS, dir string, below block.Device, opt Options) (*Journal, 
 		fs: fsys, dir: dir, below: below, info: below.Info(), opt: opt.withDefaults(),
 		stop: make(chan struct{}), kick: make(chan struct{}, 1),
 		holds: map[string]Position{}, nextID: 1,
-		buf: make([]byte, 0, groupBytes+recHeader+2*pageSize),
 	}
 	j.log = j.opt.Log.With("journal", dir)
 	j.piece = int(min(maxPayload, (j.opt.SegmentBytes-segHeader)/4)) &^ 4095
+	j.buf = make([]byte, 0, min(groupBytes, j.opt.SegmentBytes)+recHeader+2*pageSize)
 	j.free = make(chan *op, j.opt.InFlight)
 	for range j.opt.InFlight {
 		o := &op{wake: make(chan struct{}, 1)}

@@ -43,7 +43,7 @@ func (j *Journal) Reader(from Position) (*Reader, error) {
 	}
 	var seg *segment
 	for _, s := range j.segs {
-		if s.first <= from.Sequence+1 {
+		if s.first <= from.Sequence+1 && !s.leaving {
 			seg = s
 		}
 	}
@@ -138,7 +138,7 @@ func (r *Reader) wait(ctx context.Context) (int64, error) {
 		if r.pos.Sequence < j.pos.Sequence {
 			var next *segment
 			for _, s := range j.segs {
-				if s != r.seg && s.first == r.pos.Sequence+1 && s.tail > segHeader {
+				if s != r.seg && !s.leaving && s.first == r.pos.Sequence+1 && s.tail > segHeader {
 					next = s
 				}
 			}

@@ -31,6 +31,8 @@ type segment struct {
 	syncedTail int64
 	named      bool // its name is durable
 	refs       int  // syncs and readers using the file
+	leaving    bool // being removed: readers do not find it, syncs still cover it
+	out        bool // it no longer has the name of a segment, perhaps not durably
 	gone       bool // removed; the last user closes the file
 	broken     bool // a sync of it failed; never recycled
 }
@@ -148,46 +150,46 @@ func (s *segment) drop() {
 	}
 }
 
-// discard removes the oldest segment, or makes it a spare, and makes that
-// durable before it returns. The caller holds ckpt.
-func (j *Journal) discard(s *segment) error {
+// discard removes the oldest segment, or makes it a spare. Until that is
+// durable the segment stays in the list: a flush must sync it as long as a
+// power cut could bring it back. The caller holds ckpt.
+func (j *Journal) discard(s *segment) (err error) {
 	j.mu.Lock()
+	s.leaving = true
 	recycle := len(j.spares) < maxSpares && s.refs == 0 && !s.broken && s.size == j.opt.SegmentBytes
-	if recycle {
-		s.gone = true // a reader that comes now must not find it
-		j.segs = j.segs[1:]
-	}
 	j.mu.Unlock()
-	if !recycle {
-		if err := j.fs.Remove(s.path); err != nil && block.KindOf(err) != block.KindNotFound {
+	defer func() {
+		j.mu.Lock()
+		s.leaving = s.out
+		j.mu.Unlock()
+	}()
+	if !s.out {
+		if recycle {
+			name := path.Join(j.dir, spareName(s.id))
+			if err = j.fs.Rename(s.path, name); err == nil {
+				s.path = name
+			}
+		} else {
+			err = j.fs.Remove(s.path)
+		}
+		if err != nil && block.KindOf(err) != block.KindNotFound {
 			return err
 		}
-		j.mu.Lock()
-		s.gone = true
-		j.segs = j.segs[1:]
-		if s.refs == 0 {
-			s.file.Close()
-		}
-		j.mu.Unlock()
-		return j.fs.SyncDir(j.dir)
-	}
-	name := path.Join(j.dir, spareName(s.id))
-	if err := j.fs.Rename(s.path, name); err != nil {
-		j.mu.Lock()
-		s.gone = false
-		j.segs = append([]*segment{s}, j.segs...)
-		j.mu.Unlock()
-		return err
+		s.out = true
 	}
 	if err := j.fs.SyncDir(j.dir); err != nil {
-		j.mu.Lock()
-		s.file.Close()
-		j.mu.Unlock()
-		j.fs.Remove(name)
 		return err
 	}
 	j.mu.Lock()
-	j.spares = append(j.spares, spare{name, s.file})
-	j.mu.Unlock()
+	defer j.mu.Unlock()
+	j.segs = j.segs[1:]
+	if recycle && s.path == path.Join(j.dir, spareName(s.id)) {
+		j.spares = append(j.spares, spare{s.path, s.file}) // a sync still running on it does no harm
+		return nil
+	}
+	s.gone = true
+	if s.refs == 0 {
+		s.file.Close()
+	}
 	return nil
 }
