@@ -190,7 +190,8 @@ func TestPowerCutAnywhere(t *testing.T) {
 	}
 }
 
-// TestEveryCallFails fails each call once, and each call from it on, with each error.
+// TestEveryCallFails fails each call once, with each error, and all calls from
+// every third one on.
 // Nothing acknowledged is lost while the store runs; when the fault has gone
 // it goes on without being opened again, and what it then syncs is durable.
 func TestEveryCallFails(t *testing.T) {
@@ -204,6 +205,10 @@ func TestEveryCallFails(t *testing.T) {
 	}
 	for _, err := range []error{enospc, eio} {
 		for _, lasting := range []bool{false, true} {
+			step := step
+			if lasting {
+				step = 3
+			}
 			for n := int64(1); n <= calls; n += step {
 				what := fmt.Sprintf("call %d fails with %v, lasting %v", n, err, lasting)
 				fs := disktest.New(uint64(n))

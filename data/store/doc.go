@@ -20,7 +20,8 @@
 //     ATC 2020) is suspect: it is read back, checked and written to another pack
 //     before the next Sync may succeed. Records found beyond the checkpoint by
 //     Open are suspect too, because the process that wrote them may have seen
-//     such a failure.
+//     such a failure. (Not when the map is lost and the log longer than four
+//     checkpoints: then its records are synced once more where they are.)
 //   - Data before map: a run holds only records that were synced before it,
 //     a manifest names only runs that were synced before it.
 //   - A record is never overwritten and a pack's number never used again. A

@@ -44,7 +44,7 @@ func (s *Store) Put(p chunk.Packed) (added bool, err error) {
 	}
 	added, err = s.put(p)
 	if err != nil {
-		return false, block.E(op, "chunk "+p.Sig.String(), block.KindNone, err)
+		return false, block.E(op, "chunk "+p.Sig.String(), block.KindNone, advice(err))
 	}
 	if added {
 		s.count.puts.Add(1)

@@ -218,8 +218,8 @@ func TestWrongBytesNeverComeBack(t *testing.T) {
 // kills and power cuts, against a map.
 func TestRandomAgainstTwin(t *testing.T) {
 	t.Parallel()
-	seeds := 24
-	if testing.Short() {
+	seeds := 20
+	if testing.Short() || raceEnabled {
 		seeds = 6
 	}
 	for seed := range uint64(seeds) {

@@ -31,9 +31,17 @@ func (s *Store) Sync() error {
 		return nil
 	}
 	if err := s.syncLocked(); err != nil {
-		return block.E(op, s.dir, block.KindNone, err)
+		return block.E(op, s.dir, block.KindNone, advice(err))
 	}
 	return nil
+}
+
+// advice says what to do about a full disk.
+func advice(err error) error {
+	if block.KindOf(err) == block.KindNoSpace {
+		return fmt.Errorf("%w; free space on the store's disk or sweep it, then it goes on by itself", err)
+	}
+	return err
 }
 
 // syncLocked makes everything durable, deletions too; it wants syncMu held.

@@ -169,7 +169,7 @@ func TestEveryByteFlipped(t *testing.T) {
 				t.Fatalf("byte %d: %v", off, err)
 			}
 		} else {
-			for i := range uint64(100) {
+			for i := uint64(off % 9); i < 100; i += 9 {
 				e := entry(i)
 				if l, ok, err := r.Find(&e.Sig); err != nil && !errors.Is(err, ErrDamaged) || err == nil && (!ok || l != e.Loc) {
 					t.Fatalf("byte %d entry %d: %v %v %v", off, i, l, ok, err)
