@@ -281,6 +281,7 @@ func (c *Client) lost(l *link) {
 	}
 	var again []*entry
 	for _, r := range c.remotes {
+		delete(r.retry, l)
 		for _, e := range r.wanted {
 			for ; e != nil; e = e.same {
 				if e.charge == l {

@@ -38,6 +38,7 @@
 // living connection and waits for them; Client.Close waits for all.
 //
 // Locks. Server.mu guards queue, sessions, jobs and out lists; Client.mu
-// guards the same on the other side. No other lock is taken under either,
-// no I/O and no call to a caller's function is made under either.
+// guards the same on the other side. Under either only the leaf lock of an RTT
+// estimate is taken, no I/O is waited for and no function of a caller is called.
+// A connection's TLS state is written by its sender alone.
 package wire

@@ -502,8 +502,11 @@ func (l *link) failed(h header, p []byte) error {
 	c.mu.Lock()
 	if o, ok := c.opens[h.req]; ok && o.on == l {
 		delete(c.opens, h.req)
-		c.refusedOpen(o, said)
+		news := o.refused(said)
 		c.mu.Unlock()
+		if news {
+			c.log.Warn("the backend does not open the volume again, trying on", "volume", o.r.name, "err", said)
+		}
 		return nil
 	}
 	if a := c.asides[h.req]; a != nil && a.on == l {

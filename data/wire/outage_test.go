@@ -43,9 +43,10 @@ func TestOutages(t *testing.T) {
 		}, 20 * time.Second, 10 * time.Second},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			src := newSource(24<<20, 21, "disk-1")
-			src.extents = []block.Extent{{Len: 24 << 20}}
-			inWorld(t, line, src, func(w *world) {
+			src := newSource(6<<20, 21, "disk-1")
+			src.unit = 16 * kib
+			src.extents = []block.Extent{{Len: 6 << 20}}
+			inWorld(t, slow, src, func(w *world) {
 				c, r := w.start()
 				defer c.Close()
 				time.Sleep(time.Second)
@@ -73,7 +74,7 @@ func TestOutages(t *testing.T) {
 						return
 					}
 					r.Promote([]int64{250, 251})
-					done <- w.read(r, 20<<20+512, 1<<20)
+					done <- w.read(r, 5<<20+512, 256*kib)
 				}()
 				for range 3 {
 					if err := <-done; err != nil {
@@ -83,7 +84,7 @@ func TestOutages(t *testing.T) {
 				took := time.Since(began)
 				bg.once(upTo(0, 256))
 				fg.once(upTo(256, 320))
-				rest := time.Duration(float64(24<<20)/float64(line.Rate)*1e9) + time.Second
+				rest := time.Duration(float64(6<<20)/float64(slow.Rate)*1e9) + time.Second
 				t.Logf("%v; %d chunks before, %d duplicates, %+v", took, len(before), c.Stats().DuplicateChunks, c.Stats().Reconnects)
 				if took < tc.lasts || took > tc.lasts+rest+tc.within {
 					t.Errorf("took %v", took)
@@ -111,10 +112,11 @@ func TestOutages(t *testing.T) {
 func TestManyCuts(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	src := newSource(16<<20, 22, "disk-1")
-	clear(src.data[4<<20 : 5<<20])
+	src := newSource(4<<20, 22, "disk-1")
+	src.unit = 16 * kib
+	clear(src.data[1<<20 : 5<<18])
 	src.latency = time.Millisecond
-	inWorld(t, wan.Link{Delay: 15 * time.Millisecond, Rate: 4e6, Loss: 0.01, Seed: seed}, src, func(w *world) {
+	inWorld(t, wan.Link{Delay: 15 * time.Millisecond, Rate: 1e6, Loss: 0.01, Seed: seed}, src, func(w *world) {
 		w.opts.Credit = 50
 		rng := rand.New(rand.NewPCG(seed, 0))
 		c, r := w.start()
@@ -131,8 +133,9 @@ func TestManyCuts(t *testing.T) {
 					}
 					s := w.sink()
 					over := make(chan struct{})
+					later := time.Duration(rng.IntN(300)) * time.Millisecond
 					go func() {
-						time.Sleep(time.Duration(rng.IntN(300)) * time.Millisecond)
+						time.Sleep(later)
 						r.Promote(want[:len(want)/2])
 						close(over)
 					}()

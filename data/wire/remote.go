@@ -174,18 +174,17 @@ func (r *Remote) changed(v volumeInfo) error {
 	return nil
 }
 
-// refusedOpen takes an ERROR to an OPEN. The first one is the caller's; after
-// a reconnect the volume may only not be there yet, so it is tried again.
-// Client.mu is held.
-func (c *Client) refusedOpen(o opening, err error) {
+// refused takes an ERROR to an OPEN and says whether that is news for the
+// log. The first answer is the caller's; after a reconnect the volume may only
+// not be there yet, so it is tried again. Client.mu is held.
+func (o opening) refused(err error) (news bool) {
 	if !o.r.isOpen {
 		o.r.fail(err)
-		return
+		return false
 	}
-	if _, again := o.r.retry[o.on]; !again {
-		c.log.Warn("the backend does not open the volume again, trying on", "volume", o.r.name, "err", err)
-	}
+	_, again := o.r.retry[o.on]
 	o.r.retry[o.on] = time.Now().Add(time.Second)
+	return !again
 }
 
 // fail makes all calls from now on return err. Client.mu is held.

@@ -221,7 +221,6 @@ func (c *sconn) sayLocked(frames []byte) {
 	}
 	if len(c.ctrl)+len(frames) > maxCtrl {
 		c.s.stats.Violations++
-		c.s.log.Warn("client does not read its answers", "node", c.node)
 		c.s.kill(c)
 		c.wg.Go(func() { c.nc.Close() }) // wakes its reader, which cleans up
 		return
@@ -344,8 +343,9 @@ func (c *sconn) promote(h header, p []byte) error {
 	s, now := c.s, time.Now()
 	return c.eachKey(h, p, func(k jobKey) {
 		if j := c.sess.jobs[k]; j != nil {
-			s.retarget(j, c, levelOf(block.Demand))
-			s.stats.Promoted++
+			if s.retarget(j, c, levelOf(block.Demand)) {
+				s.stats.Promoted++
+			}
 			return
 		}
 		// Sent already, or its FETCH has not arrived yet.

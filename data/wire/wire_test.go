@@ -132,7 +132,7 @@ func TestZerosAndTextCostLittle(t *testing.T) {
 			after := w.wan.Stats()
 			return after.Forward.Bytes + after.Backward.Bytes - before.Forward.Bytes - before.Backward.Bytes
 		}
-		if n := cost(); n > 8*kib {
+		if n := cost(); n > 16*kib {
 			t.Errorf("16 MiB of zeros cost %d bytes", n)
 		}
 		copy(src.data, bytes.Repeat([]byte("2026-11-23 22:47:19 INFO worker started, nothing to do\n"), size/54))
@@ -151,11 +151,11 @@ func TestZerosAndTextCostLittle(t *testing.T) {
 	})
 }
 
-// TestRateDoesNotDependOnDelay fills 32 MiB at several round trip times and a
+// TestRateDoesNotDependOnDelay fills 8 MiB at several round trip times and a
 // source latency.
 func TestRateDoesNotDependOnDelay(t *testing.T) {
-	const size = 32 << 20
-	rate := int64(200e6 / 8)
+	const size = 8 << 20
+	rate := int64(50e6 / 8)
 	base := time.Duration(0)
 	for _, tc := range []struct {
 		name    string
@@ -172,13 +172,13 @@ func TestRateDoesNotDependOnDelay(t *testing.T) {
 				c, r := w.start()
 				defer c.Close()
 				time.Sleep(5*tc.rtt + time.Millisecond) // background connections come up
-				idx := upTo(0, 512)
+				idx := upTo(0, 128)
 				if tc.random {
 					idx = idx[:0]
-					for i := int64(0); i < 512; i++ {
-						idx = append(idx, i*2%511)
+					for i := int64(0); i < 128; i++ {
+						idx = append(idx, i*2%127)
 					}
-					idx[511] = 511
+					idx[127] = 127
 				}
 				began := time.Now()
 				s := w.sink()
@@ -195,8 +195,8 @@ func TestRateDoesNotDependOnDelay(t *testing.T) {
 				if took > base+base/20+2*tc.rtt {
 					t.Errorf("%v, with no delay %v", took, base)
 				}
-				if !tc.random && src.calls > 64 {
-					t.Errorf("%d source reads for 512 adjacent chunks", src.calls)
+				if !tc.random && src.calls > 16 {
+					t.Errorf("%d source reads for 128 adjacent chunks", src.calls)
 				}
 			})
 		})
@@ -270,29 +270,29 @@ func TestBackgroundKeepsAFloor(t *testing.T) {
 }
 
 func TestPromote(t *testing.T) {
-	src := newSource(32<<20, 8, "")
+	src := newSource(8<<20, 8, "")
 	src.latency = 2 * time.Millisecond
 	for _, when := range []time.Duration{0, 30 * time.Millisecond, 500 * time.Millisecond} {
-		inWorld(t, wan.Link{Delay: 10 * time.Millisecond, Rate: 20e6 / 8}, src, func(w *world) {
+		inWorld(t, wan.Link{Delay: 10 * time.Millisecond, Rate: 10e6 / 8, Window: 256 * kib}, src, func(w *world) {
 			c, r := w.start()
 			defer c.Close()
 			time.Sleep(time.Second)
 			s := w.sink()
 			done := make(chan error, 1)
 			began := time.Now()
-			go func() { done <- r.Fetch(w.ctx, upTo(0, 200), block.Background, s.deliver) }()
+			go func() { done <- r.Fetch(w.ctx, upTo(0, 112), block.Background, s.deliver) }()
 			time.Sleep(when)
 			synctest.Wait()
-			r.Promote([]int64{199, 198, 7, 300})
+			r.Promote([]int64{111, 110, 7, 120})
 			if err := <-done; err != nil {
 				t.Fatal(err)
 			}
-			s.once(upTo(0, 200))
-			took := s.at[199].Sub(began) - when
+			s.once(upTo(0, 112))
+			took := s.at[111].Sub(began) - when
 			total := time.Since(began)
-			t.Logf("promoted after %v: chunk 199 came %v later, all took %v; server promoted %d", when, took, total, w.server.Stats().Promoted)
+			t.Logf("promoted after %v: chunk 111 came %v later, all took %v; server promoted %d", when, took, total, w.server.Stats().Promoted)
 			if took > 1200*time.Millisecond || total < 4*time.Second {
-				t.Errorf("promoted after %v: chunk 199 took %v of %v", when, took, total)
+				t.Errorf("promoted after %v: chunk 111 took %v of %v", when, took, total)
 			}
 			if d := c.Stats(); d.DemandBytes < 2*64*kib || d.Promoted < 2 {
 				t.Errorf("%+v", d)
@@ -302,7 +302,8 @@ func TestPromote(t *testing.T) {
 }
 
 func TestSlowBackgroundHoldsUpOnlyBackground(t *testing.T) {
-	src := newSource(32<<20, 9, "")
+	src := newSource(8<<20, 9, "")
+	src.unit = 16 * kib
 	inWorld(t, line, src, func(w *world) {
 		c, r := w.start()
 		defer c.Close()
@@ -313,7 +314,7 @@ func TestSlowBackgroundHoldsUpOnlyBackground(t *testing.T) {
 		go func() { done <- r.Fetch(w.ctx, upTo(0, 300), block.Background, s.deliver) }()
 		for range 60 { // a minute of a sink that takes nothing
 			time.Sleep(time.Second)
-			if err := w.read(r, 30<<20, 4096); err != nil {
+			if err := w.read(r, 7<<20, 4096); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -325,7 +326,7 @@ func TestSlowBackgroundHoldsUpOnlyBackground(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.once(upTo(0, 300))
-		for i, n := range src.reads {
+		for i, n := range src.reads { // sent once, received once
 			if i < 300 && n != 1 {
 				t.Errorf("chunk %d was read %d times", i, n)
 			}
@@ -398,9 +399,10 @@ func TestBadChunkFailsAlone(t *testing.T) {
 }
 
 func TestExtents(t *testing.T) {
-	src := newSource(64<<20, 12, "")
+	const size = 24 << 20
+	src := newSource(size, 12, "")
 	src.extents = []block.Extent{}
-	for off := int64(0); off < 64<<20; off += 1024 {
+	for off := int64(0); off < size; off += 1024 {
 		k := block.Data
 		if off%2048 != 0 {
 			k = block.Hole
@@ -413,17 +415,17 @@ func TestExtents(t *testing.T) {
 		for _, f := range []block.Flags{block.Demand, block.Background} {
 			var es []block.Extent
 			calls := 0
-			for at := int64(512); at < 64<<20; calls++ {
+			for at := int64(512); at < size; calls++ {
 				var err error
-				if es, err = r.Extents(w.ctx, es, at, 64<<20-at, f); err != nil {
+				if es, err = r.Extents(w.ctx, es, at, size-at, f); err != nil {
 					t.Fatal(err)
 				}
 				at = es[len(es)-1].End()
 			}
-			if len(es) != 65536 || es[0] != (block.Extent{Off: 512, Len: 512, Kind: block.Data}) || es[9] != src.extents[9] {
+			if len(es) != size/1024 || es[0] != (block.Extent{Off: 512, Len: 512, Kind: block.Data}) || es[9] != src.extents[9] {
 				t.Errorf("%d extents, %v, %v", len(es), es[0], es[9])
 			}
-			if calls > 6 {
+			if calls > 2 {
 				t.Errorf("%d round trips", calls)
 			}
 		}
@@ -538,8 +540,8 @@ func TestManyVolumesAndSizes(t *testing.T) {
 			w.lookup.Store(&f)
 			c := w.dial()
 			defer c.Close()
-			done := make(chan error, 20)
-			for i := range 20 {
+			done := make(chan error, 8)
+			for i := range 8 {
 				go func() {
 					r, err := c.Open(w.ctx, strings.Repeat("v", 1+i))
 					if err == nil {
@@ -551,7 +553,7 @@ func TestManyVolumesAndSizes(t *testing.T) {
 					done <- err
 				}()
 			}
-			for range 20 {
+			for range 8 {
 				if err := <-done; err != nil {
 					t.Error(err)
 				}

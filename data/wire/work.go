@@ -129,10 +129,11 @@ func (s *Server) demandLess() {
 	}
 }
 
-// retarget moves a job to another connection and level, wherever it is by now.
-func (s *Server) retarget(j *job, to *sconn, level uint8) {
-	if j.target == to && j.item.level <= level {
-		return
+// retarget moves a job to another connection and level, wherever it is by now,
+// and says whether it still could.
+func (s *Server) retarget(j *job, to *sconn, level uint8) bool {
+	if j.target == to && j.item.level <= level || j.state == sending {
+		return false
 	}
 	switch j.state {
 	case queued:
@@ -150,6 +151,7 @@ func (s *Server) retarget(j *job, to *sconn, level uint8) {
 		to.out = append(to.out, j)
 		to.poke()
 	}
+	return true
 }
 
 // drop ends a job that is no longer wanted.

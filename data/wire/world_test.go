@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"sort"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -45,7 +46,8 @@ type source struct {
 	bad     func(off, n int64) error
 
 	mu      sync.Mutex
-	reads   map[int64]int // by 64 KiB chunk
+	unit    int64 // the chunk size reads are counted by
+	reads   map[int64]int
 	calls   int
 	largest int
 	atOnce  atomic.Int64
@@ -53,7 +55,7 @@ type source struct {
 }
 
 func newSource(size int64, seed uint64, id string) *source {
-	s := &source{data: make([]byte, size), block: 512, id: id, reads: map[int64]int{}}
+	s := &source{data: make([]byte, size), block: 512, id: id, unit: 64 * kib, reads: map[int64]int{}}
 	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)})
 	r.Read(s.data)
 	return s
@@ -79,8 +81,8 @@ func (s *source) ReadAt(ctx context.Context, p []byte, off int64, f block.Flags)
 	defer s.mu.Unlock()
 	s.calls++
 	s.largest = max(s.largest, len(p))
-	for at := off &^ (64*kib - 1); at < off+int64(len(p)); at += 64 * kib {
-		s.reads[at/(64*kib)]++
+	for at := off &^ (s.unit - 1); at < off+int64(len(p)); at += s.unit {
+		s.reads[at/s.unit]++
 	}
 	if s.bad != nil {
 		if err := s.bad(off, int64(len(p))); err != nil {
@@ -102,7 +104,8 @@ func (s *source) Extents(_ context.Context, dst []block.Extent, off, n int64, f 
 		return append(dst, block.Extent{Off: off, Len: n}), nil
 	}
 	// At most 100 at a time: an answer may be shorter than what was asked.
-	for i, k := 0, 0; i < len(s.extents) && k < 100; i++ {
+	first := sort.Search(len(s.extents), func(i int) bool { return s.extents[i].End() > off })
+	for i, k := first, 0; i < len(s.extents) && k < 100; i++ {
 		from, to := max(off, s.extents[i].Off), min(off+n, s.extents[i].End())
 		if from < to {
 			dst = append(dst, block.Extent{Off: from, Len: to - from, Kind: s.extents[i].Kind})
@@ -164,7 +167,7 @@ func inWorld(t *testing.T, l wan.Link, src *source, f func(w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		dir := certificates(t)
-		w := &world{t: t, ctx: t.Context(), wan: wan.New(l), src: src, chunk: 64 * kib, dir: dir}
+		w := &world{t: t, ctx: t.Context(), wan: wan.New(l), src: src, chunk: int(src.unit), dir: dir}
 		w.opts = ServerOptions{TLS: must(pki.ServerTLS(dir, "b1", pki.RoleFrontend)), Log: logger(t), Node: "b1",
 			Lookup: func(v string) (block.Device, int, error) {
 				if g := w.lookup.Load(); g != nil {
@@ -307,6 +310,9 @@ func (w *world) read(r *Remote, off, n int64) error {
 	}
 	return nil
 }
+
+// slow has a quarter of line's rate, for tests of what happens in between.
+var slow = wan.Link{Delay: 20 * time.Millisecond, Rate: 25e6 / 8}
 
 var line = wan.Link{Delay: 20 * time.Millisecond, Rate: 100e6 / 8} // 40 ms, 100 Mbit/s
 
