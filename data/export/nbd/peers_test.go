@@ -255,7 +255,9 @@ func TestPeerTLS(t *testing.T) {
 		t.Error("the copy differs")
 	}
 	// And back, with writes.
+	m.mu.Lock()
 	clear(m.data)
+	m.mu.Unlock()
 	peerRun(t, "nbdcopy", "--flush", raw, "nbds://localhost"+port+"/?tls-certificates="+dir)
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -109,7 +109,7 @@ func NewServer(opt Options) *Server {
 	}
 	s.pool.New = func() any { return new(request) }
 	s.hard, s.end = context.WithCancel(context.Background())
-	s.watch.init()
+	s.watch.init(opt.Near != nil)
 	return s
 }
 

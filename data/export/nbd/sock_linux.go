@@ -1,3 +1,5 @@
+//go:build linux && (amd64 || arm64)
+
 package nbd
 
 import (
@@ -12,14 +14,19 @@ import (
 )
 
 // socket is the transport over a plain socket. It makes the system calls
-// itself: several replies go with one writev, and a read looks again for a
-// moment before it sleeps, because at depth 1 the next request follows the
-// reply by a few microseconds while sleeping and waking cost more (the kernel
-// does the same with net.core.busy_read, KVM with halt_poll_ns).
+// itself. Several replies go with one sendmsg. A read waits in three ways, one
+// after the other, because at depth 1 waiting is most of what a request costs:
+//
+//   - It looks again for a moment, while that pays off: the next request follows
+//     the reply by a few microseconds, and sleeping and waking cost more (the
+//     kernel does the same with net.core.busy_read, KVM with halt_poll_ns).
+//   - It waits in the kernel for some milliseconds, so that the request wakes the
+//     thread that serves it and not one that looks for something to run. That
+//     long it may keep a processor of the runtime to itself.
+//   - It sleeps like any goroutine; see sleeper.
 //
 // The descriptor is not in the runtime's poller, which would wake a thread for
-// every request that arrives while the leader looks for it or serves another.
-// Only who goes to sleep asks to be woken; see sleeper.
+// every request that arrives while the leader is awake.
 type socket struct {
 	mu     sync.RWMutex // held for reading by stop and kill, for writing by close
 	fd     int          // -1 when closed
@@ -30,12 +37,14 @@ type socket struct {
 	n     int
 	rerr  error
 	awake sleeper
-	eager int // how often looking again paid off lately
+	eager int  // how often looking again paid off lately
+	stays bool // waiting in the kernel ends by itself
 	try   func(uintptr) bool
 
 	// Of the sender.
 	iov   []syscall.Iovec
 	left  []syscall.Iovec
+	head  syscall.Msghdr
 	werr  error
 	space sleeper
 	push  func(uintptr) bool
@@ -43,10 +52,12 @@ type socket struct {
 
 const (
 	// lookFor is how long a read looks again before it sleeps.
-	lookFor = 25 * time.Microsecond
+	lookFor = 20 * time.Microsecond
+	// stayFor is how long a read waits in the kernel before it sleeps.
+	stayFor = 4 * time.Millisecond
 	// eagerMax bounds how long the memory of a good run lasts.
 	eagerMax = 16
-	// maxIovec is what the kernel takes in one writev (UIO_MAXIOV).
+	// maxIovec is what the kernel takes in one sendmsg (UIO_MAXIOV).
 	maxIovec = 1024
 	// buffered is what a Unix socket is asked to buffer, in bytes.
 	buffered = 1 << 20
@@ -83,6 +94,10 @@ func newTransport(nc net.Conn) transport {
 		return &stream{nc: nc}
 	}
 	_ = nc.Close()
+	// Calls that are to return at once say so; the others return after a while.
+	_ = syscall.SetNonblock(s.fd, false)
+	wait := syscall.NsecToTimeval(stayFor.Nanoseconds())
+	s.stays = syscall.SetsockoptTimeval(s.fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &wait) == nil
 	if runtime.GOMAXPROCS(0) == 1 {
 		s.eager = never
 	}
@@ -99,53 +114,80 @@ func (s *socket) receive() bool {
 		// MSG_DONTWAIT: the call returns at once, so the scheduler need not know of it.
 		n, _, e := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(s.in))),
 			uintptr(len(s.in)), syscall.MSG_DONTWAIT, 0, 0)
-		switch e {
-		case 0:
-			s.n, s.rerr = int(n), nil
-			if n == 0 {
-				s.rerr = io.EOF
-			}
-			return true
-		case syscall.EINTR:
-		case syscall.EAGAIN:
-			return false
-		default:
-			s.n, s.rerr = 0, e
-			return true
+		if e != syscall.EINTR {
+			return s.received(n, e)
 		}
 	}
 }
 
+// stay is receive that waits for up to stayFor.
+func (s *socket) stay() bool {
+	n, _, e := syscall.Syscall6(syscall.SYS_RECVFROM, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(s.in))),
+		uintptr(len(s.in)), 0, 0, 0)
+	if e == syscall.EINTR {
+		return false
+	}
+	return s.received(n, e)
+}
+
+func (s *socket) received(n uintptr, e syscall.Errno) bool {
+	switch e {
+	case 0:
+		s.n, s.rerr = int(n), nil
+		if n == 0 {
+			s.rerr = io.EOF
+		}
+		return true
+	case syscall.EAGAIN:
+		return false
+	}
+	s.n, s.rerr = 0, e
+	return true
+}
+
 func (s *socket) read(p []byte) (int, error) {
 	s.in = p
-	defer func() { s.in = nil }()
-	if s.receive() {
-		return s.n, s.rerr
-	}
-	began := time.Now()
-	if s.eager > 0 {
-		for time.Since(began) < lookFor {
-			if s.receive() {
-				s.eager = min(s.eager+1, eagerMax)
-				return s.n, s.rerr
-			}
-		}
-		s.eager--
-	}
-	if err := s.awake.sleep(s.try); err != nil {
+	err := s.wait()
+	s.in = nil
+	if err != nil {
 		return 0, err
 	}
-	if s.eager == 0 && time.Since(began) < 2*lookFor {
-		s.eager = 2 // it would have paid off to look
-	}
 	return s.n, s.rerr
+}
+
+func (s *socket) wait() error {
+	if s.eager > 0 {
+		if s.receive() {
+			return nil
+		}
+		for began := time.Now(); time.Since(began) < lookFor; {
+			if s.receive() {
+				s.eager = min(s.eager+1, eagerMax)
+				return nil
+			}
+		}
+		s.eager = max(s.eager-2, 0)
+	}
+	if s.stays {
+		began := time.Now()
+		if s.stay() {
+			if s.eager == 0 && time.Since(began) < lookFor {
+				s.eager = 2 // it would have paid off to look
+			}
+			return nil
+		}
+	}
+	return s.awake.sleep(s.try)
 }
 
 // transmit says whether the send is over, with all sent or with an error.
 func (s *socket) transmit() bool {
 	for len(s.left) > 0 {
 		n := min(len(s.left), maxIovec)
-		w, _, e := syscall.Syscall(syscall.SYS_WRITEV, uintptr(s.fd), uintptr(unsafe.Pointer(&s.left[0])), uintptr(n))
+		s.head.Iov = &s.left[0]
+		s.head.Iovlen = uint64(n)
+		w, _, e := syscall.Syscall(syscall.SYS_SENDMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&s.head)),
+			syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL)
 		switch e {
 		case 0:
 		case syscall.EINTR:
@@ -158,12 +200,12 @@ func (s *socket) transmit() bool {
 		}
 		for done := uint64(w); done > 0; {
 			v := &s.left[0]
-			if done < v.Len {
+			if done < uint64(v.Len) {
 				v.Base = (*byte)(unsafe.Add(unsafe.Pointer(v.Base), done))
-				v.Len -= done
+				v.SetLen(int(uint64(v.Len) - done))
 				break
 			}
-			done -= v.Len
+			done -= uint64(v.Len)
 			s.left = s.left[1:]
 		}
 	}
@@ -181,11 +223,14 @@ func (s *socket) send(pieces [][]byte) error {
 		}
 	}
 	s.iov, s.left = iov, iov
-	defer func() {
-		clear(s.iov)
-		s.left = nil
-		runtime.KeepAlive(pieces)
-	}()
+	err := s.sendLeft()
+	clear(s.iov)
+	s.left, s.head.Iov = nil, nil
+	runtime.KeepAlive(pieces)
+	return err
+}
+
+func (s *socket) sendLeft() error {
 	if s.transmit() {
 		return s.werr
 	}

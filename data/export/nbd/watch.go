@@ -13,6 +13,7 @@ type watch struct {
 	mu    sync.Mutex
 	conns map[*conn]struct{} // guarded by mu
 
+	tick      time.Duration
 	dormant   atomic.Bool
 	wake      chan struct{}
 	quit      chan struct{}
@@ -20,11 +21,18 @@ type watch struct {
 }
 
 const (
-	tick  = time.Millisecond
-	still = 50 // ticks without a request before the watch sleeps
+	// A leader that serves without being told what is near is looked at often.
+	tickBlind = time.Millisecond
+	// One that is told is seldom wrong, and looking wakes threads.
+	tickTold = 5 * time.Millisecond
+	still    = 20 // ticks without a request before the watch sleeps
 )
 
-func (w *watch) init() {
+func (w *watch) init(told bool) {
+	w.tick = tickBlind
+	if told {
+		w.tick = tickTold
+	}
 	w.conns = map[*conn]struct{}{}
 	w.wake = make(chan struct{}, 1)
 	w.quit = make(chan struct{})
@@ -66,7 +74,7 @@ func (w *watch) run() {
 		case <-w.wake:
 		}
 		for quiet := 0; ; {
-			t.Reset(tick)
+			t.Reset(w.tick)
 			select {
 			case <-w.quit:
 				return
