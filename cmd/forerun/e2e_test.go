@@ -174,7 +174,7 @@ func TestForeignClients(t *testing.T) {
 			t.Skip("this fio has no nbd engine")
 		}
 		out := output(t, "fio", "--name=v", "--ioengine=nbd", "--uri="+s.uri("d"), "--rw=randwrite", "--bsrange=512-64k", "--bs_unaligned=0",
-			"--blockalign=512", "--size=128m", "--io_size=64m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randseed=7")
+			"--blockalign=512", "--size=128m", "--io_size=64m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--do_verify=1", "--randseed=7")
 		if strings.Contains(out, "verify:") && strings.Contains(out, "bad") {
 			t.Fatal(out)
 		}
@@ -282,7 +282,7 @@ func TestCutoverUnderWrites(t *testing.T) {
 	}
 	output(t, binary, "fill", "resume", "--state", s.path("fstate"), "--volume", "d")
 	load := start(t, s.path("fio.log"), "fio", "--name=w", "--ioengine=nbd", "--uri="+s.uri("d"), "--rw=randwrite", "--bs=4k", "--size=128m",
-		"--io_size=1g", "--iodepth=8", "--rate_iops=1500", "--time_based", "--runtime=6", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1")
+		"--io_size=1g", "--iodepth=8", "--rate_iops=1500", "--time_based", "--runtime=6", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0")
 	time.Sleep(time.Second)
 	out, err := cut("--wait", "--threshold", "1M")
 	if err != nil || !strings.Contains(string(out), "the pause was") {
