@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"forerun/lab/guest"
@@ -46,7 +47,8 @@ type stage struct {
 func newStage(ctx context.Context, o Options, r *Report) (*stage, error) {
 	s := &stage{Options: o, Report: r, ctx: ctx}
 	if s.Dir == "" {
-		d, err := os.MkdirTemp("", "forerun-lab-")
+		sweep()
+		d, err := os.MkdirTemp("", fmt.Sprintf("forerun-lab-%d-", os.Getpid()))
 		if err != nil {
 			return nil, err
 		}
@@ -57,6 +59,12 @@ func newStage(ctx context.Context, o Options, r *Report) (*stage, error) {
 	if d, err := filepath.Abs(s.Dir); err == nil {
 		s.Dir = d
 	}
+	// Whoever reads the numbers should know what else ran.
+	var load float64
+	if b, err := os.ReadFile("/proc/loadavg"); err == nil {
+		fmt.Sscan(string(b), &load)
+	}
+	s.Measure("load average of the machine before", load, "")
 	return s, nil
 }
 
@@ -71,9 +79,28 @@ func (s *stage) close() error {
 	if s.temp && !s.Keep {
 		errs = append(errs, os.RemoveAll(s.Dir))
 	} else {
+		errs = append(errs, os.WriteFile(s.path(keptMark), nil, 0o644))
 		s.Say("kept %s", s.Dir)
 	}
 	return errors.Join(errs...)
+}
+
+// keptMark is the file in a temporary directory that is to stay.
+const keptMark = "kept"
+
+// sweep removes the temporary directories of runs that were killed: those
+// that nobody wanted to keep and whose process is gone.
+func sweep() {
+	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), "forerun-lab-*-*"))
+	for _, d := range dirs {
+		var pid int
+		if _, err := fmt.Sscanf(filepath.Base(d), "forerun-lab-%d-", &pid); err != nil || syscall.Kill(pid, 0) != syscall.ESRCH {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(d, keptMark)); errors.Is(err, os.ErrNotExist) {
+			os.RemoveAll(d)
+		}
+	}
 }
 
 func (s *stage) path(name string) string { return filepath.Join(s.Dir, name) }
