@@ -33,6 +33,8 @@
 //   - The goroutines of a connection have all ended when its handler returns,
 //     and all handlers have ended when Serve returns.
 //
+// SPEC.md lists what the server does where the specification leaves a choice.
+//
 // Lock order: Server.mu, then conn.mu; watch.mu and holds.mu are taken with
 // none of them held and hold none.
 package nbd
