@@ -32,7 +32,7 @@ type Options struct {
 	BatchChunks int
 	// ChunkBytes is the plain size of a chunk, the first guess of its wire size.
 	ChunkBytes int
-	// Target is how much queueing the background may cause (15 ms); a third of
+	// Target is how much queueing the background may cause (25 ms); a part of
 	// that while demand is active.
 	Target time.Duration
 	// MaxWindow bounds background wire bytes in flight (64 MiB).
@@ -106,7 +106,7 @@ func New(link Link, sink func(i int64, p chunk.Packed) error, o Options) *Schedu
 	def(&o.BatchChunks, 8)
 	def(&o.ChunkBytes, chunk.DefaultSize)
 	if o.Target <= 0 {
-		o.Target = 15 * time.Millisecond
+		o.Target = 25 * time.Millisecond
 	}
 	if o.MaxWindow <= 0 {
 		o.MaxWindow = 64 << 20

@@ -15,7 +15,9 @@ type Window struct {
 	base    [baseSpans]time.Duration // smallest delay in each span
 	span    int
 	spanEnd time.Time
-	delay   time.Duration // of the newest sample, above the base
+	delay   time.Duration // the least of the newest samples, above the base
+	recent  [delayFilter]time.Duration
+	newest  int
 
 	probeNext, probeEnd time.Time // of looking at the link without its queue
 	before              float64   // the window to go back to after it
@@ -26,6 +28,10 @@ type WindowOptions struct {
 	Min, Max int64
 	Target   time.Duration // of queueing
 }
+
+// delayFilter is how many samples the delay is the least of (CURRENT_FILTER of
+// RFC 6817): a busy processor delays some answers, a queue delays all.
+const delayFilter = 8
 
 const (
 	baseSpans = 6
@@ -77,6 +83,11 @@ func (w *Window) Sample(now time.Time, took time.Duration, bytes int64, limited,
 	took = max(took, 1)
 	if b := w.base[w.span]; b == 0 || took < b {
 		w.base[w.span] = took
+	}
+	w.recent[w.newest%delayFilter] = took
+	w.newest++
+	for _, d := range w.recent[:min(w.newest, delayFilter)] {
+		took = min(took, d)
 	}
 	w.delay = took - w.Base()
 	switch {
