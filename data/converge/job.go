@@ -23,8 +23,8 @@ type Options struct {
 	Switch  *Switch
 	Tracker *Tracker
 	// OpenTarget opens native storage exclusively. With create it makes a file
-	// that is not there, and gives a file that is empty the size; otherwise it
-	// changes nothing. The device is closed by the Job, or by the Switch once
+	// that is not there and gives one that is shorter the size, both durably;
+	// on a block device, and otherwise, it changes nothing. The device is closed by the Job, or by the Switch once
 	// it is primary.
 	OpenTarget func(path string, size int64, create bool) (block.Device, error)
 	// Ready says why the copy may not begin yet; nil when all data is here.
@@ -504,8 +504,10 @@ func (j *Job) prepare(ctx context.Context, req Request) (block.Device, error) {
 	case !resume && st.Size > 0 && !req.Force:
 		return nil, fail(block.KindExists, "the target exists and is not empty (%d bytes); use another one, or force", st.Size)
 	}
-	if !resume || missing {
-		p = Plan{Phase: PhaseCopying, ID: newID(), Target: req.Target, Created: missing, Size: size}
+	// A power cut may have come while the target was made.
+	short := resume && p.Created && st.Size < size
+	if !resume || missing || short {
+		p = Plan{Phase: PhaseCopying, ID: newID(), Target: req.Target, Created: missing || short, Size: size}
 	}
 	p.Threshold = req.Threshold
 	if err := savePlan(j.opt.FS, j.opt.Dir, p); err != nil {
@@ -514,7 +516,7 @@ func (j *Job) prepare(ctx context.Context, req Request) (block.Device, error) {
 	j.mu.Lock()
 	j.plan = p
 	j.mu.Unlock()
-	target, err := j.opt.OpenTarget(req.Target, size, missing || st.Size == 0)
+	target, err := j.opt.OpenTarget(req.Target, size, missing || short || st.Size == 0)
 	if err == nil {
 		if err = fits(j.opt.Tracker.info, target.Info()); err == nil && !j.opt.Tracker.tracks(p.planID()) {
 			err = j.opt.Tracker.begin(p.planID())

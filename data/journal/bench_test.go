@@ -6,6 +6,7 @@ import (
 	"syscall"
 	"testing"
 
+	"forerun/block/blocktest"
 	"forerun/disk"
 )
 
@@ -14,9 +15,7 @@ import (
 func BenchmarkWrite(b *testing.B) {
 	for _, depth := range []int{1, 32} {
 		b.Run(fmt.Sprintf("depth=%d", depth), func(b *testing.B) {
-			below := newMemory(1 << 30)
-			below.discard = true
-			j := open(b, disk.OS(), b.TempDir(), below, Options{})
+			j := open(b, disk.OS(), b.TempDir(), blocktest.NewNull(1<<30), Options{})
 			b.SetBytes(4096)
 			b.ReportAllocs()
 			b.SetParallelism((depth + 1) / 2)

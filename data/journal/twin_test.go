@@ -22,7 +22,6 @@ type memory struct {
 	flushes int
 	fail    func(op string) error // asked before each change, may be nil
 	slow    func()                // called in the middle of a write, without the lock
-	discard bool                  // writes are counted only (benchmarks)
 }
 
 func newMemory(n int) *memory { return &memory{b: make([]byte, n)} }
@@ -43,9 +42,6 @@ func (m *memory) ReadAt(_ context.Context, p []byte, off int64, _ block.Flags) e
 	return nil
 }
 func (m *memory) WriteAt(_ context.Context, p []byte, off int64, _ block.Flags) error {
-	if m.discard {
-		return nil
-	}
 	if err := m.ask("write"); err != nil {
 		return err
 	}
