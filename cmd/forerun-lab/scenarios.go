@@ -76,18 +76,20 @@ func demoCmd(log *slog.Logger) *cobra.Command {
 func bootCmd(log *slog.Logger) *cobra.Command {
 	var s scenario
 	var only []string
+	var rounds int
 	c := &cobra.Command{
 		Use:   "bench-boot",
 		Short: "Time to a ready guest and to a whole disk: local, qemu-nbd and nbdcopy over the line, forerun",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return s.run(cmd, "bench-boot", func(ctx context.Context, o bench.Options, r *bench.Report) error {
-				return bench.Boot(ctx, bench.BootOptions{Options: o, Only: only}, r)
+				return bench.Boot(ctx, bench.BootOptions{Options: o, Only: only, Rounds: rounds}, r)
 			})
 		},
 	}
 	s.flags(c, log)
 	s.lineFlags(c)
+	c.Flags().IntVar(&rounds, "rounds", 1, "rounds of all parts; ratios are those of the medians")
 	c.Flags().StringSliceVar(&only, "only", nil, "parts to run: local, qemu, nbdcopy, forerun")
 	return c
 }

@@ -121,7 +121,7 @@ func (m *migration) fill() error {
 	if err != nil {
 		return err
 	}
-	m.Measure("filled after (from frontend start)", time.Since(m.began).Seconds(), "s")
+	m.Measure("seen filled after (from frontend start)", time.Since(m.began).Seconds(), "s")
 	ls := m.line.Stats()
 	m.Measure("line to target, at filled", float64(ls.ToTarget.Bytes)/1e6, "MB")
 	m.Measure("line to source, at filled", float64(ls.ToSource.Bytes)/1e6, "MB")
