@@ -211,17 +211,10 @@ func (c *conn) sendFirst() error {
 func (c *conn) payload(p []byte) error {
 	m := copy(p, c.in.buf[c.in.r:c.in.w])
 	c.in.r += m
-	for m < len(p) {
-		k, err := c.t.read(p[m:])
-		if err != nil {
-			if err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
-			return err
-		}
-		m += k
+	if m == len(p) {
+		return nil
 	}
-	return nil
+	return c.t.fill(p[m:])
 }
 
 // skip reads past n bytes.

@@ -53,7 +53,7 @@ type socket struct {
 const (
 	// lookFor is how long a read looks again before it sleeps.
 	lookFor = 20 * time.Microsecond
-	// stayFor is how long a read waits in the kernel before it sleeps.
+	// stayFor is how long a read or a send waits in the kernel before it sleeps.
 	stayFor = 4 * time.Millisecond
 	// eagerMax bounds how long the memory of a good run lasts.
 	eagerMax = 16
@@ -97,12 +97,13 @@ func newTransport(nc net.Conn) transport {
 	// Calls that are to return at once say so; the others return after a while.
 	_ = syscall.SetNonblock(s.fd, false)
 	wait := syscall.NsecToTimeval(stayFor.Nanoseconds())
-	s.stays = syscall.SetsockoptTimeval(s.fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &wait) == nil
+	s.stays = syscall.SetsockoptTimeval(s.fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &wait) == nil &&
+		syscall.SetsockoptTimeval(s.fd, syscall.SOL_SOCKET, syscall.SO_SNDTIMEO, &wait) == nil
 	if runtime.GOMAXPROCS(0) == 1 {
 		s.eager = never
 	}
 	s.try = func(uintptr) bool { return s.receive() }
-	s.push = func(uintptr) bool { return s.transmit() }
+	s.push = func(uintptr) bool { return s.transmit(syscall.MSG_DONTWAIT) }
 	return s
 }
 
@@ -180,14 +181,49 @@ func (s *socket) wait() error {
 	return s.awake.sleep(s.try)
 }
 
-// transmit says whether the send is over, with all sent or with an error.
-func (s *socket) transmit() bool {
+// fill reads all of p. What is large the kernel gathers, with as few calls as it
+// takes; what is small follows its header at once, and is looked for.
+func (s *socket) fill(p []byte) error {
+	for len(p) > 0 {
+		n := 0
+		if s.stays && len(p) >= gather {
+			r, _, e := syscall.Syscall6(syscall.SYS_RECVFROM, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))),
+				uintptr(len(p)), syscall.MSG_WAITALL, 0, 0)
+			switch e {
+			case 0:
+				if n = int(r); n == 0 {
+					return io.ErrUnexpectedEOF
+				}
+			case syscall.EINTR:
+				continue
+			case syscall.EAGAIN:
+			default:
+				return e
+			}
+		}
+		if n == 0 {
+			var err error
+			if n, err = s.read(p); err != nil {
+				if err == io.EOF {
+					err = io.ErrUnexpectedEOF
+				}
+				return err
+			}
+		}
+		p = p[n:]
+	}
+	return nil
+}
+
+// transmit says whether the send is over, with all sent or with an error. With
+// MSG_DONTWAIT in flags it does not wait, else for as long as a read stays.
+func (s *socket) transmit(flags uintptr) bool {
 	for len(s.left) > 0 {
 		n := min(len(s.left), maxIovec)
 		s.head.Iov = &s.left[0]
 		s.head.Iovlen = uint64(n)
 		w, _, e := syscall.Syscall(syscall.SYS_SENDMSG, uintptr(s.fd), uintptr(unsafe.Pointer(&s.head)),
-			syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL)
+			flags|syscall.MSG_NOSIGNAL)
 		switch e {
 		case 0:
 		case syscall.EINTR:
@@ -231,7 +267,7 @@ func (s *socket) send(pieces [][]byte) error {
 }
 
 func (s *socket) sendLeft() error {
-	if s.transmit() {
+	if s.transmit(syscall.MSG_DONTWAIT) || s.stays && s.transmit(0) {
 		return s.werr
 	}
 	if s.space.file == nil {

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"crypto/tls"
+	"io"
 	"net"
 	"time"
 )
@@ -11,6 +12,8 @@ import (
 type transport interface {
 	// read waits for at least one byte.
 	read(p []byte) (int, error)
+	// fill reads all of p, or fails with io.ErrUnexpectedEOF or another error.
+	fill(p []byte) error
 	// send sends all pieces, in order. It may change the slice.
 	send(pieces [][]byte) error
 	// stop makes read fail once what has arrived is read. Sending goes on.
@@ -30,6 +33,14 @@ type stream struct {
 const gather = 64 << 10 // bytes: larger pieces are sent by themselves
 
 func (s *stream) read(p []byte) (int, error) { return s.nc.Read(p) }
+
+func (s *stream) fill(p []byte) error {
+	_, err := io.ReadFull(s.nc, p)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
 
 func (s *stream) send(pieces [][]byte) error {
 	out := s.scratch[:0]
