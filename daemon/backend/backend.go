@@ -100,6 +100,9 @@ func (b *Backend) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := disk.OS().MkdirAll(b.socketDir()); err != nil {
+		return block.E("state", b.socketDir(), block.KindNone, err)
+	}
 	if err := b.openSources(ctx); err != nil {
 		return err
 	}
@@ -125,6 +128,9 @@ func (b *Backend) Run(ctx context.Context) (err error) {
 	)
 }
 
+// socketDir is where the private sockets of supervised programs are.
+func (b *Backend) socketDir() string { return filepath.Join(b.cfg.StateDir, "sources") }
+
 func (b *Backend) openSources(ctx context.Context) error {
 	for _, v := range b.cfg.Volumes {
 		if b.open[v.Name] != nil {
@@ -132,7 +138,7 @@ func (b *Backend) openSources(ctx context.Context) error {
 		}
 		dev, err := source.Open(ctx, v.Source, source.Options{
 			Log:      b.cfg.Log.With("volume", v.Name),
-			StateDir: filepath.Join(b.cfg.StateDir, "sources"),
+			StateDir: b.socketDir(),
 		})
 		if err != nil {
 			return errors.Join(fmt.Errorf("volume %s: %w", v.Name, err), b.closeSources())
