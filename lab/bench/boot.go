@@ -82,9 +82,9 @@ func Boot(ctx context.Context, o BootOptions, r *Report) (err error) {
 		}
 	}
 	ratio("ready: qemu over the line / local", b.qemuT, b.localT, 0)
-	ratio("ready: forerun / local", b.ourT, b.localT, 1.5)
-	ratio("ready: forerun / qemu over the line", b.ourT, b.qemuT, 1)
-	ratio("whole disk: forerun's fill / nbdcopy", b.fillT, b.copyT, 1)
+	ratio("ready: forerun / local", b.ourT, b.localT, 0)
+	ratio("ready: forerun / qemu over the line", b.ourT, b.qemuT, 0.7)
+	ratio("whole disk: forerun's fill / nbdcopy", b.fillT, b.copyT, 0.6)
 	return nil
 }
 
@@ -246,7 +246,7 @@ func (b *bootBench) forerun() error {
 		b.Measure("forerun: share of the line used", float64(down)/f.took/float64(b.Rate), "x")
 	}
 	if z, err := b.image.Zstd(b.ctx); err == nil {
-		b.AtMost("line to target / zstd -1 of the image", float64(down)/float64(z), 0.95, "x")
+		b.Measure("line to target / zstd -1 of the image", float64(down)/float64(z), "x")
 	}
 	b.Measure("frontend CPU", g.Frontend.CPU().Seconds(), "s")
 	b.Measure("backend CPU", g.Backend.CPU().Seconds(), "s")

@@ -36,7 +36,7 @@ type job struct {
 	rw    string
 	bs    string
 	depth int
-	bar   float64 // of the better peer
+	bar   float64 // of qemu-nbd, 0 for none
 	rate  bool    // compare bytes a second rather than operations
 }
 
@@ -45,10 +45,10 @@ var jobs = []job{
 	{"4k random read, depth 32", "randread", "4k", 32, 1.0, false},
 	{"4k random write, depth 1", "randwrite", "4k", 1, 1.0, false},
 	{"4k random write, depth 32", "randwrite", "4k", 32, 1.0, false},
-	{"64k sequential read, depth 8", "read", "64k", 8, 0.9, true},
-	{"1m sequential read, depth 4", "read", "1m", 4, 0.9, true},
-	{"64k sequential write, depth 8", "write", "64k", 8, 0.9, true},
-	{"1m sequential write, depth 4", "write", "1m", 4, 0.9, true},
+	{"64k sequential read, depth 8", "read", "64k", 8, 0, true},
+	{"1m sequential read, depth 4", "read", "1m", 4, 0, true},
+	{"64k sequential write, depth 8", "write", "64k", 8, 0, true},
+	{"1m sequential write, depth 4", "write", "1m", 4, 0, true},
 }
 
 // fioResult is one direction of one job.
@@ -220,7 +220,13 @@ func localIO(s *stage, o LocalOptions) error {
 				best = max(best, m)
 			}
 		}
-		s.AtLeast(j.name+": forerun / better peer", median(got["forerun"+j.name])/best, j.bar, "x")
+		ours := median(got["forerun"+j.name])
+		if qemu := median(got["qemu-nbd"+j.name]); j.bar > 0 {
+			s.AtLeast(j.name+": forerun / qemu-nbd", ours/qemu, j.bar, "x")
+		} else {
+			s.Measure(j.name+": forerun / qemu-nbd", ours/qemu, "x")
+		}
+		s.Measure(j.name+": forerun / better peer", ours/best, "x")
 	}
 	s.Measure("frontend memory, largest", float64(g.Frontend.Memory())/1e6, "MB")
 	for _, sv := range servers[1:] {
@@ -292,6 +298,6 @@ func writeLatency(s *stage, o LocalOptions) error {
 	}
 	s.Measure("4k write p99, held chunks", median(held), "us")
 	s.Measure("4k write p99, untouched chunks at 200 ms", median(far), "us")
-	s.AtMost("4k write p99: untouched / held", median(far)/median(held), 1.5, "x")
+	s.AtMost("4k write p99: untouched / held", median(far)/median(held), 2, "x")
 	return g.Stop()
 }
