@@ -56,6 +56,7 @@ func pkiIssueCommand() *cobra.Command {
 	f.StringVar(&role, "role", "", "backend, frontend or operator: what the holder may do")
 	f.StringVar(&req.Name, "name", "", "name of the node or person")
 	f.StringSliceVar(&req.Hosts, "host", nil, "host names and addresses it is reached at")
+	f.BoolVar(&req.Renew, "renew", false, "replace a certificate of that name; daemons that run read the new one by themselves")
 	f.IntVar(&days, "days", 397, "days it is valid")
 	for _, n := range []string{"dir", "role", "name", "host"} {
 		_ = cmd.MarkFlagRequired(n)

@@ -81,6 +81,9 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, f.store.Close()) }()
 	f.memory = cache.NewMemory(f.cfg.MemoryBytes)
 	f.nbd = nbd.NewServer(nbd.Options{Exports: f, TLS: nbdTLS, Near: near, Log: f.log})
+	// The link goes last: a read that waits for it may still be answered while
+	// the exports drain.
+	defer f.hangUp()
 	defer func() { err = errors.Join(err, f.closeVolumes()) }()
 
 	handler := serve.Handler(f, f, version.String(), daemon.Metrics(f.Volumes))
@@ -183,12 +186,22 @@ func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, opened ch
 	if client == nil {
 		return err
 	}
-	defer client.Close()
 	for _, name := range f.cfg.Volumes {
-		if err := f.attach(ctx, client, name); err != nil {
-			if ctx.Err() != nil {
-				return nil
+		err := f.attach(ctx, client, name)
+		for err != nil && ctx.Err() == nil && opened == nil {
+			// The workload runs already, on what is here: that goes on.
+			f.log.Error("the volume cannot use the backend; serving what is here", "volume", name, "err", err)
+			f.setProblem(err.Error())
+			select {
+			case <-ctx.Done():
+			case <-time.After(attachRetry):
 			}
+			err = f.attach(ctx, client, name)
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
 			return fmt.Errorf("volume %s: %w", name, err)
 		}
 	}
@@ -199,6 +212,9 @@ func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, opened ch
 	<-ctx.Done()
 	return nil
 }
+
+// attachRetry is how often a backend that cannot serve a volume is asked again.
+const attachRetry = 5 * time.Second
 
 func (f *Frontend) needsBackend() bool {
 	f.mu.Lock()
@@ -213,16 +229,19 @@ func (f *Frontend) needsBackend() bool {
 
 // switched hangs up on the backend when no volume needs it any more.
 func (f *Frontend) switched() {
-	if f.needsBackend() {
-		return
+	if !f.needsBackend() {
+		f.log.Info("no volume needs the backend any more")
+		f.hangUp()
 	}
+}
+
+func (f *Frontend) hangUp() {
 	f.mu.Lock()
 	c := f.client
 	f.client = nil
 	f.mu.Unlock()
 	if c != nil {
 		_ = c.Close() // what it may fail with concerns nobody now
-		f.log.Info("no volume needs the backend any more")
 	}
 }
 

@@ -78,8 +78,11 @@ func (f *Frontend) status(name string) api.Volume {
 		s.WAN.RTTUs, s.WAN.Reconnects = c.RTT.Microseconds(), c.Reconnects
 		s.WAN.RateBytes = f.rates.note(time.Now(), c.ReceivedBytes)
 	}
-	if s.Waiting == "" && !s.WAN.Connected && s.Primary == api.PrimarySource && (v == nil || s.Chunks.Absent > 0) {
+	if s.Waiting == "" && (!s.WAN.Connected || problem != "") && s.Primary == api.PrimarySource && (v == nil || s.Chunks.Absent > 0) {
 		s.Waiting = "the backend cannot be reached; reads of data that is not here wait"
+		if problem != "" {
+			s.Waiting = problem
+		}
 	}
 	st := f.store.Stats()
 	s.StoreBytes = st.DiskBytes + st.MapBytes
