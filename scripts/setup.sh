@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the tests and the lab need and that are missing.
 set -euo pipefail
-need=(qemu-system-x86 qemu-utils nbdkit libnbd-bin nbdfuse python3-libnbd fio mmdebstrap e2fsprogs xfsprogs ntfs-3g
+need=(qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd fio mmdebstrap e2fsprogs xfsprogs ntfs-3g
       zstd iproute2 iperf3 extlinux syslinux-common fdisk util-linux kmod gcc libc6-dev)
 missing=()
 for p in "${need[@]}"; do

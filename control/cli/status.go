@@ -109,7 +109,9 @@ func statusLine(v api.Volume) string {
 }
 
 func printVolume(w io.Writer, v api.Volume) {
-	row := func(name, format string, args ...any) { fmt.Fprintf(w, "  %-10s "+format+"\n", append([]any{name}, args...)...) }
+	row := func(name, format string, args ...any) {
+		fmt.Fprintf(w, "  %-10s "+format+"\n", append([]any{name}, args...)...)
+	}
 	fmt.Fprintf(w, "%s: %s, primary is the %s\n", v.Volume, v.Phase, v.Primary)
 	row("size", "%s in chunks of %s", bytesText(float64(v.SizeBytes)), bytesText(float64(v.ChunkBytes)))
 	if v.Source != "" {

@@ -133,14 +133,6 @@ func (m *Memory) read(k key, p []byte, off int) bool {
 	return true
 }
 
-// has says whether the chunk is here.
-func (m *Memory) has(k key) bool {
-	s := m.shard(k)
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.index[k] != nil
-}
-
 // put keeps a copy of plain if it can; in the background, only in room that
 // nobody has. It says whether it is here now.
 func (m *Memory) put(k key, plain []byte, background bool) bool {

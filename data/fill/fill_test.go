@@ -24,7 +24,6 @@ type fake struct {
 	asked   []int64
 	err     error
 	took    time.Duration
-	gone    bool
 	surveys int
 	limit   int64
 	held    bool

@@ -23,7 +23,6 @@ type story struct {
 	put     map[int]bool // acknowledged and not deleted
 	durable map[int]bool // acknowledged by Sync
 	failing bool         // errors are expected
-	stopped bool         // the power went
 }
 
 func newStory(t *testing.T, fs *disktest.FS, failing bool) *story {

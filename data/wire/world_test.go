@@ -128,7 +128,6 @@ type world struct {
 	stop    func()
 	client  ClientOptions
 	lookup  atomic.Pointer[func(string) (block.Device, int, error)]
-	servers int
 }
 
 func logger(t *testing.T) *slog.Logger {

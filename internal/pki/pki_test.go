@@ -34,7 +34,7 @@ func issue(t *testing.T, dir string, r Request) {
 
 // shake runs a handshake and one byte each way, which TLS 1.3 needs for the
 // client to learn that it was refused.
-func shake(t *testing.T, server, client *tls.Config, host string) (cerr, serr error, cs, ss tls.ConnectionState) {
+func shake(t *testing.T, server, client *tls.Config, host string) (cs, ss tls.ConnectionState, cerr, serr error) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -221,7 +221,7 @@ func TestHandshakes(t *testing.T) {
 		{"TLS 1.2", server(dir, "b1"), old12, "backend.example", "*", "*"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			cerr, serr, cs, ss := shake(t, tc.srv, tc.cli, tc.host)
+			cs, ss, cerr, serr := shake(t, tc.srv, tc.cli, tc.host)
 			for _, c := range []struct {
 				who  string
 				err  error
@@ -254,7 +254,7 @@ func TestHandshakes(t *testing.T) {
 		c := client(dir, "f1", RoleBackend).Clone()
 		kp, _ := tls.LoadX509KeyPair(filepath.Join(other, "f1.crt"), filepath.Join(other, "f1.key"))
 		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &kp, nil }
-		cerr, serr, _, _ := shake(t, server(dir, "b1"), c, "backend.example")
+		_, _, cerr, serr := shake(t, server(dir, "b1"), c, "backend.example")
 		if serr == nil || !strings.Contains(serr.Error(), "not by the authority in ca.crt here") || block.KindOf(cerr) != block.KindDenied {
 			t.Errorf("server: %v; client: %v", serr, cerr)
 		}
@@ -266,13 +266,13 @@ func TestHandshakes(t *testing.T) {
 		}
 		shut, _ := NBDServerTLS(dir, "b1", true)
 		plain := &tls.Config{RootCAs: nobody.RootCAs, MaxVersion: tls.VersionTLS12}
-		if cerr, serr, _, _ := shake(t, open, plain, "backend.example"); cerr != nil || serr != nil {
+		if _, _, cerr, serr := shake(t, open, plain, "backend.example"); cerr != nil || serr != nil {
 			t.Errorf("no peer verification: %v %v", cerr, serr)
 		}
-		if _, serr, _, _ := shake(t, shut, plain, "backend.example"); serr == nil {
+		if _, _, _, serr := shake(t, shut, plain, "backend.example"); serr == nil {
 			t.Error("a client without certificate was let in")
 		}
-		if cerr, serr, _, _ := shake(t, shut, old12, "backend.example"); cerr != nil || serr != nil {
+		if _, _, cerr, serr := shake(t, shut, old12, "backend.example"); cerr != nil || serr != nil {
 			t.Errorf("client with certificate by TLS 1.2: %v %v", cerr, serr)
 		}
 	})
@@ -297,11 +297,11 @@ func TestRenewalIsNoticed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, _, one, _ := shake(t, s, c, "b")
+	one, _, _, _ := shake(t, s, c, "b")
 	issue(t, dir, Request{Role: RoleBackend, Name: "b1", Hosts: []string{"b"}, Renew: true})
 	future := time.Now().Add(time.Minute) // coarse file times must not hide it
 	os.Chtimes(filepath.Join(dir, "b1.crt"), future, future)
-	cerr, _, two, _ := shake(t, s, c, "b")
+	two, _, cerr, _ := shake(t, s, c, "b")
 	if cerr != nil {
 		t.Fatal(cerr)
 	}
@@ -310,7 +310,7 @@ func TestRenewalIsNoticed(t *testing.T) {
 	}
 	// A half done renewal goes on with the old pair.
 	os.WriteFile(filepath.Join(dir, "b1.crt"), []byte("half"), 0o644)
-	cerr, _, three, _ := shake(t, s, c, "b")
+	three, _, cerr, _ := shake(t, s, c, "b")
 	if cerr != nil || !three.PeerCertificates[0].Equal(two.PeerCertificates[0]) {
 		t.Errorf("after a broken file: %v", cerr)
 	}

@@ -32,7 +32,6 @@ type Proc struct {
 	out    *os.File
 	exited chan struct{}
 	err    error
-	once   sync.Once
 }
 
 // Launch starts cmd with its output appended to the file log.
