@@ -117,17 +117,17 @@ func (s *source) Extents(_ context.Context, dst []block.Extent, off, n int64, f 
 
 // world is a backend and what a frontend needs to reach it.
 type world struct {
-	t       *testing.T
-	ctx     context.Context
-	wan     *wan.WAN
-	src     *source
-	chunk   int
-	dir     string
-	opts    ServerOptions
-	server  *Server
-	stop    func()
-	client  ClientOptions
-	lookup  atomic.Pointer[func(string) (block.Device, int, error)]
+	t      *testing.T
+	ctx    context.Context
+	wan    *wan.WAN
+	src    *source
+	chunk  int
+	dir    string
+	opts   ServerOptions
+	server *Server
+	stop   func()
+	client ClientOptions
+	lookup atomic.Pointer[func(string) (block.Device, int, error)]
 }
 
 func logger(t *testing.T) *slog.Logger {
