@@ -7,7 +7,7 @@ LAB := bin/forerun-lab
 FUZZTIME ?= 60s
 UNIT := ./api/... ./block/... ./control/... ./daemon/... ./data/... ./disk/... ./internal/... ./lab/...
 
-.PHONY: help build setup test vet unit race e2e demo bench bench-boot bench-local crash fuzz clean
+.PHONY: help build setup test vet unit race e2e demo bench bench-boot bench-local crash long fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | column -t -s $$'\t'
@@ -50,6 +50,9 @@ crash: setup build ## kill -9 of backend, frontend and cut-over at seeded moment
 	$(LAB) crash --target backend --n 50
 	$(LAB) crash --target frontend --n 50
 	$(LAB) crash --target cutover --n 50
+
+long: setup build ## the end-to-end tests with 1 GiB in 64 TiB and a link cut for a minute
+	FORERUN_LONG=1 $(GO) test -count=1 -timeout 20m -v -run 'Huge|LinkCut' ./cmd/forerun
 
 fuzz: ## every fuzz target for FUZZTIME
 	scripts/fuzz.sh $(FUZZTIME)

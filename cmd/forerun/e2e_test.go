@@ -19,6 +19,9 @@ import (
 
 const mib = 1 << 20
 
+// long asks for the sizes and outages that take minutes (make long).
+var long = os.Getenv("FORERUN_LONG") != ""
+
 // TestEveryImageFormat serves a disk out of each format and copies it through
 // the export with a foreign client.
 func TestEveryImageFormat(t *testing.T) {
@@ -81,7 +84,11 @@ func TestHugeSparseDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := make([]byte, 64*mib)
+	piece := int64(64 * mib)
+	if long {
+		piece = 256 * mib
+	}
+	b := make([]byte, piece)
 	fillNoise(rand.New(rand.NewPCG(2, 2)), b)
 	if _, err := f.Write(b); err != nil {
 		t.Fatal(err)
@@ -90,26 +97,27 @@ func TestHugeSparseDisk(t *testing.T) {
 	const pieces = 4
 	args := []string{"-f", "qcow2"}
 	for i := range pieces {
-		args = append(args, "-c", fmt.Sprintf("write -s %s %dG 64M", noise, i*16000+7))
+		args = append(args, "-c", fmt.Sprintf("write -s %s %dG %d", noise, i*16000+7, piece))
 	}
 	output(t, "qemu-io", append(args, img)...)
 	began := time.Now()
 	s.startBackend("huge=" + img + "?format=qcow2")
 	s.startFrontend([]string{"huge"})
 	output(t, "qemu-io", "-r", "-f", "raw", "-c", "read -P 0 1T 4k", s.uri("huge"))
-	if d := time.Since(began); d > 5*time.Second {
-		t.Errorf("served after %v", d)
+	served := time.Since(began)
+	if served > 5*time.Second {
+		t.Errorf("served after %v", served)
 	}
 	output(t, "qemu-img", "compare", "-f", "qcow2", "-F", "raw", "-U", img, s.uri("huge"))
 	v := s.awaitFilled("huge")
-	data := int64(pieces * 64 * mib)
+	data := pieces * piece
 	if got := v.WAN.ReceivedBytes; got < data || got > data+data/10+8*mib {
 		t.Errorf("%d bytes crossed the link for %d bytes of data", got, data)
 	}
 	if m := peakMemory(t, s.frontend); m > 512*mib {
 		t.Errorf("the frontend took %d MiB of memory", m/mib)
 	} else {
-		t.Logf("peak memory %d MiB, link %d MiB for %d MiB of data, all after %v", m/mib, v.WAN.ReceivedBytes/mib, data/mib, time.Since(began))
+		t.Logf("served after %v, peak memory %d MiB, link %.1f MiB for %d MiB of data", served, m/mib, float64(v.WAN.ReceivedBytes)/mib, data/mib)
 	}
 	if n := v.Chunks.Untouched + v.Chunks.Held + v.Chunks.Zero + v.Chunks.Modified; n != v.SizeBytes/v.ChunkBytes {
 		t.Errorf("%d chunks of %d are accounted for", n, v.SizeBytes/v.ChunkBytes)
@@ -380,9 +388,13 @@ func TestLinkCut(t *testing.T) {
 	}()
 	time.Sleep(300 * time.Millisecond)
 	r.hold(true)
-	time.Sleep(8 * time.Second) // longer than a dead peer is believed in
+	cut := 8 * time.Second // longer than a dead peer is believed in
+	if long {
+		cut = time.Minute
+	}
+	time.Sleep(cut)
 	if v := s.status("d"); v.WAN.Connected || v.Waiting == "" {
-		t.Errorf("cut for 8 s, and status says %+v, waiting %q", v.WAN, v.Waiting)
+		t.Errorf("cut for %v, and status says %+v, waiting %q", cut, v.WAN, v.Waiting)
 	}
 	r.hold(false)
 	select {
