@@ -52,6 +52,12 @@ func New(cfg Config) (*Frontend, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
+	// Absolute, because a cut-over's target is compared with it.
+	dir, err := filepath.Abs(cfg.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	cfg.StateDir = dir
 	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{}}, nil
 }
 
