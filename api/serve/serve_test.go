@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"forerun/api"
 	"forerun/api/client"
@@ -51,7 +52,7 @@ func start(t *testing.T) (*fake, string) {
 			t.Error(err)
 		}
 	})
-	for range 1000 {
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if c, err := net.Dial("unix", filepath.Join(dir, api.SocketName)); err == nil {
 			c.Close()
 			return f, dir

@@ -3,7 +3,7 @@ package load
 import (
 	"context"
 	"errors"
-	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -26,9 +26,12 @@ func serve(t *testing.T, seed uint64, size int64) (cmd *exec.Cmd, disk, sock str
 	return cmd, disk, sock
 }
 
+// restart runs another server on disk. The one before it has ended: while a
+// killed process dies, its socket still takes connections, and resets them.
 func restart(t *testing.T, disk string) (*exec.Cmd, string) {
 	t.Helper()
 	sock := filepath.Join(filepath.Dir(disk), "s")
+	os.Remove(sock)
 	cmd := exec.Command("qemu-nbd", "-f", "raw", "-t", "-e", "4", "-x", "d", "-k", sock, disk)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -37,14 +40,16 @@ func restart(t *testing.T, disk string) (*exec.Cmd, string) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	for range 100 {
-		if c, err := net.Dial("unix", sock); err == nil {
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		c, err := Dial(t.Context(), sock, "d")
+		if err == nil {
 			c.Close()
-			break
+			return cmd, sock
 		}
-		time.Sleep(20 * time.Millisecond)
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
 	}
-	return cmd, sock
 }
 
 // TestRightServer loads a real server, kills it, and finds everything in order.
@@ -75,6 +80,7 @@ func TestRightServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-c.Done()
+	cmd.Wait()
 	h.Crash()
 	_, sock = restart(t, disk)
 	if c, err = Dial(t.Context(), sock, "d"); err != nil {
