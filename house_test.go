@@ -21,7 +21,7 @@ var floors = map[string]int{
 	"internal": 0, "block": 0, "disk": 0, "api": 0,
 	"block/blocktest": 1, "disk/disktest": 1, "api/client": 1, "api/serve": 1, "lab/wan": 1, "lab/oracle": 1,
 	"data": 2, "control": 2,
-	"data/volume":    3, "data/replica": 3, "data/writeback": 3,
+	"data/volume": 3, "data/replica": 3, "data/writeback": 3,
 	"data/stack":     4,
 	"daemon":         5,
 	"daemon/backend": 6, "daemon/frontend": 6, "daemon/proxy": 6,
