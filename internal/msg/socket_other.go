@@ -1,0 +1,7 @@
+//go:build !linux
+
+package msg
+
+import "net"
+
+func tune(net.Conn) {}
