@@ -31,6 +31,7 @@ type History struct {
 	flushed  uint64 // all acknowledged up to here are durable
 	inFlight map[*Op]struct{}
 	stats    Stats
+	cuts     *cutLog // nil unless TrackCuts was called
 }
 
 // Stats counts what a history saw.
@@ -57,6 +58,7 @@ type Op struct {
 	h       *History
 	off, n  int64
 	v       *version // nil for a read
+	cut     *cutWrite
 	flushTo uint64
 	flush   bool
 }
@@ -88,6 +90,9 @@ func (h *History) BeginWrite(off, n int64, p []byte, fua bool) *Op {
 	v := &version{id: h.next, zero: p == nil, fua: fua}
 	op := &Op{h: h, off: off, n: n, v: v}
 	h.inFlight[op] = struct{}{}
+	if h.cuts != nil {
+		op.cut = h.cuts.begin(v, off, n)
+	}
 	for s := off / Sector; s < (off+n)/Sector; s++ {
 		vs, ok := h.sectors[s]
 		if !ok {
@@ -146,6 +151,9 @@ func (op *Op) Done() {
 		h.acks++
 		op.v.acked = h.acks + 1 // 1 is the untouched disk's
 		h.stats.Acked++
+		if op.cut != nil {
+			h.cuts.end(op.cut)
+		}
 	}
 }
 

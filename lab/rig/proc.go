@@ -62,6 +62,12 @@ func (p *Proc) Kill() {
 	<-p.exited
 }
 
+// Signal sends a signal to the process.
+func (p *Proc) Signal(sig syscall.Signal) { p.cmd.Process.Signal(sig) }
+
+// Pid is the process's id.
+func (p *Proc) Pid() int { return p.cmd.Process.Pid }
+
 // Stop asks the process to end, and kills it after limit. An error says that
 // it had to be killed or did not end well.
 func (p *Proc) Stop(limit time.Duration) error {
