@@ -38,6 +38,21 @@ func (j *Journal) Hold(name string, pos Position) error {
 	return j.saveHolds()
 }
 
+// Held is the position of the hold with that name; ok is false when there is
+// none, or when it was given up.
+func (j *Journal) Held(name string) (pos Position, ok bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	pos, ok = j.holds[name]
+	return pos, ok
+}
+
+// Appended counts the bytes of records appended since the journal was opened,
+// without their headers.
+func (j *Journal) Appended() int64 {
+	return j.stats.bytes.Load() - recHeader*j.stats.records.Load()
+}
+
 // Release ends a hold. A name that is not held is no error.
 func (j *Journal) Release(name string) error {
 	j.ckpt.Lock()

@@ -94,7 +94,12 @@ func (r *Reader) header(tail int64) (recInfo, error) {
 // Next waits for the next record. It returns ctx's error when that ends first,
 // KindClosed when the journal is closed, and KindNotFound when the segment
 // that follows is gone.
-func (r *Reader) Next(ctx context.Context) (Record, error) {
+func (r *Reader) Next(ctx context.Context) (Record, error) { return r.read(ctx, true) }
+
+// Skim is Next without the payload, which is neither read nor verified.
+func (r *Reader) Skim(ctx context.Context) (Record, error) { return r.read(ctx, false) }
+
+func (r *Reader) read(ctx context.Context, payload bool) (Record, error) {
 	j := r.j
 	if err := j.enter("reader"); err != nil {
 		return Record{}, err
@@ -109,7 +114,7 @@ func (r *Reader) Next(ctx context.Context) (Record, error) {
 		return Record{}, err
 	}
 	rec := Record{Position: Position{h.seq, h.sum}, Type: h.typ, Flags: block.Flags(h.flags), Off: int64(h.off), Len: int64(h.length)}
-	if h.typ == TypeWrite {
+	if h.typ == TypeWrite && payload {
 		if n := recHeader + int(h.length); cap(r.mem) < n {
 			r.mem = make([]byte, n)
 		}
