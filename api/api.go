@@ -9,19 +9,27 @@ package api
 
 // Names and paths of the API.
 const (
-	SocketName   = "api.sock" // in the daemon's state directory
-	PathNode     = "/v1/node"
-	PathVolumes  = "/v1/volumes"
-	PathVolume   = "/v1/volumes/{volume}"
-	PathFill     = "/v1/volumes/{volume}/fill"
-	PathCutover  = "/v1/volumes/{volume}/cutover"
+	SocketName  = "api.sock" // in the daemon's state directory
+	PathNode    = "/v1/node"
+	PathVolumes = "/v1/volumes"
+	PathVolume  = "/v1/volumes/{volume}"
+	PathFill    = "/v1/volumes/{volume}/fill"
+	PathCutover = "/v1/volumes/{volume}/cutover"
+
+	PathAbort      = "/v1/volumes/{volume}/abort"
+	PathCheckpoint = "/v1/volumes/{volume}/checkpoint"
+	PathDiscard    = "/v1/volumes/{volume}/discard"
+	PathFailover   = "/v1/volumes/{volume}/failover"
+	PathPolicy     = "/v1/volumes/{volume}/policy"
+
 	PathMetrics  = "/metrics"
 	PathOpenAPI  = "/openapi.json"
 	RoleBackend  = "backend"
 	RoleFrontend = "frontend"
+	RoleProxy    = "proxy"
 )
 
-// Phases of a volume's life, in order.
+// Phases of a volume's life, in order. The last two end it without a switch.
 const (
 	PhaseServing    = "serving"    // a backend's volume: it is offered to frontends
 	PhaseStarting   = "starting"   // no workload has connected yet
@@ -29,6 +37,8 @@ const (
 	PhaseFilled     = "filled"     // everything is here; the source is still primary
 	PhaseConverging = "converging" // being replicated to the native target
 	PhaseSwitched   = "switched"   // the native target is primary
+	PhaseAborted    = "aborted"    // called off: the source is up to date, or at its last checkpoint, and free
+	PhaseDiscarded  = "discarded"  // a test clone that is gone; the source was never touched
 )
 
 // Who is primary for a volume.
@@ -37,39 +47,78 @@ const (
 	PrimaryTarget = "target"
 )
 
+// What a volume's changes are for: Writeback.Policy.
+const (
+	PolicyWriteBack = "write-back" // they go back to the source, a checkpoint at a time
+	PolicyIsolated  = "isolated"   // the source never sees them
+)
+
+// Roles of a frontend for a volume: Replica.Role.
+const (
+	ReplicaPrimary   = "primary"   // it serves and acknowledges
+	ReplicaSecondary = "secondary" // it holds what the primary acknowledges, and passes calls on to it
+	ReplicaJoining   = "joining"   // a secondary that does not hold everything yet
+	ReplicaAlone     = "alone"     // no peer was configured
+)
+
+// How a primary acknowledges: Replica.Mode.
+const (
+	ModeReplicated = "replicated" // both frontends hold a write before it is acknowledged
+	ModeDegraded   = "degraded"   // the peer is lost: each write is synced before it is acknowledged
+	ModeWaiting    = "waiting"    // the peer is lost, and writes wait for it or for the arbiter
+)
+
+// States of Abort.State.
+const (
+	AbortDraining  = "draining"  // what is unwritten goes to the source
+	AbortReleasing = "releasing" // the source is synced and unlocked, leftovers are removed
+	AbortDone      = "aborted"   // over
+	AbortFailed    = "failed"    // it stopped; Error says why, and it may be asked for again
+)
+
 // Node describes a daemon.
 type Node struct {
 	Name    string   `json:"name" doc:"name in its certificate"`
-	Role    string   `json:"role" enum:"backend,frontend"`
+	Role    string   `json:"role" enum:"backend,frontend,proxy"`
 	Version string   `json:"version"`
 	UptimeS int64    `json:"uptime_s"`
 	Backend string   `json:"backend,omitempty" doc:"address of the backend, at a frontend"`
 	Exports []string `json:"exports,omitempty" doc:"NBD URIs that are served"`
 	Listen  string   `json:"listen,omitempty" doc:"address a backend listens on"`
+	Peer    string   `json:"peer,omitempty" doc:"address of the other frontend"`
+	Zone    string   `json:"zone,omitempty" doc:"where a frontend stands; its peer stands elsewhere"`
+	Arbiter string   `json:"arbiter,omitempty" doc:"address of who decides which frontend is primary"`
+	Targets []string `json:"targets,omitempty" doc:"NBD URIs that a proxy passes calls on to"`
 }
 
 // Volume is everything status shows about one volume.
 type Volume struct {
-	Volume     string   `json:"volume" doc:"name of the volume and of its NBD export"`
-	Role       string   `json:"role" enum:"backend,frontend" doc:"of the daemon that answers"`
-	Phase      string   `json:"phase" enum:"serving,starting,running,filled,converging,switched"`
-	Primary    string   `json:"primary" enum:"source,target" doc:"which side holds the volume"`
-	SizeBytes  int64    `json:"size_bytes"`
-	ChunkBytes int64    `json:"chunk_bytes"`
-	Source     string   `json:"source,omitempty" doc:"where the bytes come from"`
-	ReadOnly   bool     `json:"read_only,omitempty"`
-	Waiting    string   `json:"waiting,omitempty" doc:"what the workload or the daemon waits for, empty when nothing"`
-	Clients    int      `json:"clients" doc:"connected NBD clients, or sessions at a backend"`
-	Chunks     Chunks   `json:"chunks"`
-	WAN        WAN      `json:"wan"`
-	Demand     Demand   `json:"demand"`
-	Fill       Fill     `json:"fill"`
-	StoreBytes int64    `json:"store_bytes" doc:"bytes the site's store takes, all volumes together"`
-	Store      Store    `json:"store"`
-	Cache      Cache    `json:"cache"`
-	Journal    Journal  `json:"journal"`
-	Cutover    Cutover  `json:"cutover"`
-	Warnings   []string `json:"warnings,omitempty"`
+	Volume     string  `json:"volume" doc:"name of the volume and of its NBD export"`
+	Role       string  `json:"role" enum:"backend,frontend,proxy" doc:"of the daemon that answers"`
+	Phase      string  `json:"phase" enum:"serving,starting,running,filled,converging,switched,aborted,discarded"`
+	Primary    string  `json:"primary" enum:"source,target" doc:"which side holds the volume"`
+	SizeBytes  int64   `json:"size_bytes"`
+	ChunkBytes int64   `json:"chunk_bytes"`
+	Source     string  `json:"source,omitempty" doc:"where the bytes come from"`
+	ReadOnly   bool    `json:"read_only,omitempty"`
+	Waiting    string  `json:"waiting,omitempty" doc:"what the workload or the daemon waits for, empty when nothing"`
+	Clients    int     `json:"clients" doc:"connected NBD clients, or sessions at a backend"`
+	Chunks     Chunks  `json:"chunks"`
+	WAN        WAN     `json:"wan"`
+	Demand     Demand  `json:"demand"`
+	Fill       Fill    `json:"fill"`
+	StoreBytes int64   `json:"store_bytes" doc:"bytes the site's store takes, all volumes together"`
+	Store      Store   `json:"store"`
+	Cache      Cache   `json:"cache"`
+	Journal    Journal `json:"journal"`
+	Cutover    Cutover `json:"cutover"`
+
+	Replica   *Replica   `json:"replica,omitempty" doc:"the pair of frontends, at one that has an arbiter"`
+	Writeback *Writeback `json:"writeback,omitempty" doc:"what becomes of the workload's changes at the source"`
+	Abort     *Abort     `json:"abort,omitempty" doc:"an abort under way or done"`
+	Failover  *Failover  `json:"failover,omitempty" doc:"at a proxy: which target serves"`
+
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 // Chunks counts the volume map; the four sum to the volume.
@@ -155,6 +204,79 @@ type Cutover struct {
 	RateBytes      float64 `json:"rate_bytes"`
 	ETAS           int64   `json:"eta_s"`
 	PauseUs        int64   `json:"pause_us" doc:"how long the switch held I/O"`
+}
+
+// Replica is a frontend's part in the pair that holds the volume.
+type Replica struct {
+	Role        string `json:"role" doc:"primary, secondary, joining, alone"`
+	Peer        string `json:"peer,omitempty" doc:"name of the other frontend"`
+	Epoch       uint64 `json:"epoch" doc:"who has a lower one is fenced"`
+	InSync      bool   `json:"in_sync" doc:"both frontends hold every acknowledged write"`
+	Mode        string `json:"mode,omitempty" doc:"replicated, degraded, waiting"`
+	Reason      string `json:"reason,omitempty" doc:"why it is not in sync, or what writes wait for"`
+	ResyncBytes int64  `json:"resync_bytes" doc:"still to be copied to the peer"`
+}
+
+// Writeback is what becomes of the workload's changes at the source.
+type Writeback struct {
+	Policy         string  `json:"policy" doc:"write-back, isolated"`
+	UnwrittenBytes int64   `json:"unwritten_bytes" doc:"changed here and not yet in a checkpoint that is stored at the source's site"`
+	OldestS        float64 `json:"oldest_s" doc:"age of the oldest unwritten change, 0 when there is none"`
+	LastCheckpoint string  `json:"last_checkpoint,omitempty" doc:"when the last stored checkpoint was cut, RFC 3339; empty when there is none"`
+	LastID         uint64  `json:"last_id,omitempty" doc:"number of that checkpoint"`
+	RPOS           float64 `json:"rpo_s" doc:"how far back the source would be if the target site were lost now"`
+	State          string  `json:"state,omitempty" doc:"idle, cutting, sending, applying, waiting, stopped"`
+	Reason         string  `json:"reason,omitempty" doc:"what it waits for"`
+}
+
+// Abort is the calling off of a move.
+type Abort struct {
+	State          string  `json:"state" doc:"draining, releasing, aborted, failed"`
+	Forced         bool    `json:"forced" doc:"the source is left at its last checkpoint"`
+	RemainingBytes int64   `json:"remaining_bytes" doc:"still to be written to the source"`
+	LastCheckpoint string  `json:"last_checkpoint,omitempty" doc:"what the source holds: when that checkpoint was cut, RFC 3339"`
+	LastID         uint64  `json:"last_id,omitempty" doc:"number of that checkpoint"`
+	LostBytes      int64   `json:"lost_bytes" doc:"changes that the source will never have; with force only, -1 when nobody knows"`
+	LostS          float64 `json:"lost_s" doc:"over how many seconds before the abort they were made, -1 when nobody knows"`
+	Error          string  `json:"error,omitempty"`
+}
+
+// Failover is how a proxy reaches a volume.
+type Failover struct {
+	Target    string           `json:"target,omitempty" doc:"the one that serves, empty when none does"`
+	Targets   []FailoverTarget `json:"targets" doc:"in the order they are tried"`
+	Waiting   int64            `json:"waiting" doc:"calls under way"`
+	Moves     int64            `json:"moves" doc:"changes from one target to another, or to the same one anew"`
+	Repeated  int64            `json:"repeated" doc:"calls that were sent again to another target"`
+	Stalls    int64            `json:"stalls" doc:"times a target answered nothing for too long"`
+	LongestUs int64            `json:"longest_us" doc:"longest time without any target"`
+}
+
+// FailoverTarget is one way to a volume.
+type FailoverTarget struct {
+	Target string `json:"target" doc:"NBD URI"`
+	State  string `json:"state" doc:"serving, standby, trying, failed, refused"`
+	Error  string `json:"error,omitempty" doc:"why it was left, or what is wrong with it"`
+}
+
+// AbortRequest calls a move off.
+type AbortRequest struct {
+	Force bool `json:"force,omitempty" doc:"do not wait for what is unwritten: leave the source at its last checkpoint and say what is lost"`
+}
+
+// DiscardRequest removes a test clone.
+type DiscardRequest struct {
+	Force bool `json:"force,omitempty" doc:"although a client is connected"`
+}
+
+// FailoverRequest hands a volume over to the other frontend.
+type FailoverRequest struct {
+	Force bool `json:"force,omitempty" doc:"take the volume over although this frontend may lack acknowledged writes, when the other one is lost for good"`
+}
+
+// PolicyRequest says what becomes of the workload's changes from now on.
+type PolicyRequest struct {
+	Policy string `json:"policy" enum:"write-back,isolated"`
 }
 
 // FillRequest changes the background transfer of a volume.

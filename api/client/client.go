@@ -68,6 +68,31 @@ func (c *Client) CancelCutover(ctx context.Context, name string) (v api.Volume, 
 	return v, c.do(ctx, http.MethodDelete, path(api.PathCutover, name), nil, &v)
 }
 
+// Abort calls a move off. It may return before the end; Volume shows how it goes.
+func (c *Client) Abort(ctx context.Context, name string, req api.AbortRequest) (v api.Volume, err error) {
+	return v, c.do(ctx, http.MethodPost, path(api.PathAbort, name), req, &v)
+}
+
+// Checkpoint cuts a checkpoint now and returns when it is stored at the source's site.
+func (c *Client) Checkpoint(ctx context.Context, name string) (v api.Volume, err error) {
+	return v, c.do(ctx, http.MethodPost, path(api.PathCheckpoint, name), struct{}{}, &v)
+}
+
+// Discard removes a test clone and everything it wrote.
+func (c *Client) Discard(ctx context.Context, name string, req api.DiscardRequest) (v api.Volume, err error) {
+	return v, c.do(ctx, http.MethodPost, path(api.PathDiscard, name), req, &v)
+}
+
+// Failover makes the other frontend primary, and returns when it is.
+func (c *Client) Failover(ctx context.Context, name string, req api.FailoverRequest) (v api.Volume, err error) {
+	return v, c.do(ctx, http.MethodPost, path(api.PathFailover, name), req, &v)
+}
+
+// Policy says what becomes of the workload's changes from now on.
+func (c *Client) Policy(ctx context.Context, name string, req api.PolicyRequest) (v api.Volume, err error) {
+	return v, c.do(ctx, http.MethodPost, path(api.PathPolicy, name), req, &v)
+}
+
 func path(pattern, volume string) string {
 	return strings.Replace(pattern, "{volume}", url.PathEscape(volume), 1)
 }

@@ -33,6 +33,58 @@ type Controller interface {
 	CancelCutover(ctx context.Context, volume string) error
 }
 
+// PairController is what a daemon can be told to do with a volume that two
+// frontends hold and whose changes go back to the source. Each method answers
+// KindNotFound for an unknown volume and KindUnsupported for what this daemon
+// cannot do; Unsupported can be embedded for those.
+type PairController interface {
+	// Abort calls the move off. It may return as soon as it is under way:
+	// Volume.Abort shows how it goes. Asked again it goes on, or has nothing to do.
+	Abort(ctx context.Context, volume string, req api.AbortRequest) error
+	// Checkpoint returns when a checkpoint cut after the call is stored.
+	Checkpoint(ctx context.Context, volume string) error
+	// Discard removes a test clone.
+	Discard(ctx context.Context, volume string, req api.DiscardRequest) error
+	// Failover makes the other frontend primary and returns when it is.
+	Failover(ctx context.Context, volume string, req api.FailoverRequest) error
+	// SetPolicy is on disk when it returns.
+	SetPolicy(ctx context.Context, volume string, req api.PolicyRequest) error
+}
+
+// Unsupported is a PairController that can do nothing, and says so.
+type Unsupported struct{}
+
+var _ PairController = Unsupported{}
+
+func cannot(op, volume, what string) error {
+	return block.E(op, volume, block.KindUnsupported, errors.New(what))
+}
+
+// Abort refuses.
+func (Unsupported) Abort(_ context.Context, volume string, _ api.AbortRequest) error {
+	return cannot("abort", volume, "this daemon has nothing to call off; ask the frontend that serves the volume, or with --force the backend that owns its source")
+}
+
+// Checkpoint refuses.
+func (Unsupported) Checkpoint(_ context.Context, volume string) error {
+	return cannot("checkpoint", volume, "this daemon writes nothing back; ask a frontend that serves the volume with the policy write-back")
+}
+
+// Discard refuses.
+func (Unsupported) Discard(_ context.Context, volume string, _ api.DiscardRequest) error {
+	return cannot("discard", volume, "this daemon has no test clone; ask the frontend that was started with --isolated")
+}
+
+// Failover refuses.
+func (Unsupported) Failover(_ context.Context, volume string, _ api.FailoverRequest) error {
+	return cannot("failover", volume, "this daemon has no peer to hand the volume to; ask a frontend that was started with --peer")
+}
+
+// SetPolicy refuses.
+func (Unsupported) SetPolicy(_ context.Context, volume string, _ api.PolicyRequest) error {
+	return cannot("policy", volume, "this daemon keeps no changes; ask the frontend that serves the volume")
+}
+
 type (
 	nodeOut    struct{ Body api.Node }
 	volumesOut struct{ Body []api.Volume }
@@ -48,11 +100,28 @@ type (
 		Volume string `path:"volume"`
 		Body   api.CutoverRequest
 	}
+	abortIn struct {
+		Volume string `path:"volume"`
+		Body   api.AbortRequest
+	}
+	discardIn struct {
+		Volume string `path:"volume"`
+		Body   api.DiscardRequest
+	}
+	failoverIn struct {
+		Volume string `path:"volume"`
+		Body   api.FailoverRequest
+	}
+	policyIn struct {
+		Volume string `path:"volume"`
+		Body   api.PolicyRequest
+	}
 )
 
-// Handler serves the API of d. c is nil for a daemon that takes no orders;
-// metrics answers at api.PathMetrics.
-func Handler(d Daemon, c Controller, version string, metrics http.Handler) http.Handler {
+// Handler serves the API of d. c is nil for a daemon that takes no orders, and
+// without a pair (the first one counts) those of PairController are answered
+// with 501; metrics answers at api.PathMetrics.
+func Handler(d Daemon, c Controller, version string, metrics http.Handler, pair ...PairController) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET "+api.PathMetrics, metrics)
 	cfg := huma.DefaultConfig("Forerun", version)
@@ -70,15 +139,34 @@ func Handler(d Daemon, c Controller, version string, metrics http.Handler) http.
 		v, err := d.Volume(in.Volume)
 		return &volumeOut{v}, status(err)
 	})
-	if c == nil {
-		return mux
-	}
 	answer := func(name string, err error) (*volumeOut, error) {
 		if err != nil {
 			return nil, status(err)
 		}
 		v, err := d.Volume(name)
 		return &volumeOut{v}, status(err)
+	}
+	var p PairController = Unsupported{}
+	if len(pair) > 0 && pair[0] != nil {
+		p = pair[0]
+	}
+	huma.Post(h, api.PathAbort, func(ctx context.Context, in *abortIn) (*volumeOut, error) {
+		return answer(in.Volume, p.Abort(ctx, in.Volume, in.Body))
+	})
+	huma.Post(h, api.PathCheckpoint, func(ctx context.Context, in *volumeIn) (*volumeOut, error) {
+		return answer(in.Volume, p.Checkpoint(ctx, in.Volume))
+	})
+	huma.Post(h, api.PathDiscard, func(ctx context.Context, in *discardIn) (*volumeOut, error) {
+		return answer(in.Volume, p.Discard(ctx, in.Volume, in.Body))
+	})
+	huma.Post(h, api.PathFailover, func(ctx context.Context, in *failoverIn) (*volumeOut, error) {
+		return answer(in.Volume, p.Failover(ctx, in.Volume, in.Body))
+	})
+	huma.Post(h, api.PathPolicy, func(ctx context.Context, in *policyIn) (*volumeOut, error) {
+		return answer(in.Volume, p.SetPolicy(ctx, in.Volume, in.Body))
+	})
+	if c == nil {
+		return mux
 	}
 	huma.Post(h, api.PathFill, func(ctx context.Context, in *fillIn) (*volumeOut, error) {
 		return answer(in.Volume, c.Fill(ctx, in.Volume, in.Body))

@@ -39,13 +39,37 @@ func (f *fake) Cutover(_ context.Context, v string, r api.CutoverRequest) error 
 }
 func (f *fake) CancelCutover(context.Context, string) error { return nil }
 
+// pair is a fake that takes the orders of a pair, all but two.
+type pair struct {
+	serve.Unsupported
+	*fake
+}
+
+func (p *pair) Abort(_ context.Context, v string, r api.AbortRequest) error {
+	p.got = append(p.got, v, r)
+	return nil
+}
+func (p *pair) Checkpoint(ctx context.Context, v string) error {
+	p.got = append(p.got, v, "checkpoint")
+	return nil
+}
+func (p *pair) SetPolicy(_ context.Context, v string, r api.PolicyRequest) error {
+	p.got = append(p.got, v, r)
+	return block.E("policy", v, block.KindReadOnly, os.ErrPermission)
+}
+
 func start(t *testing.T) (*fake, string) {
+	f := &fake{}
+	return f, run(t, f)
+}
+
+func run(t *testing.T, f *fake, pc ...serve.PairController) string {
 	t.Helper()
-	dir, f := t.TempDir(), &fake{}
+	dir := t.TempDir()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "m 1\n") })
-	go func() { done <- serve.Run(ctx, dir, serve.Handler(f, f, "test", metrics)) }()
+	go func() { done <- serve.Run(ctx, dir, serve.Handler(f, f, "test", metrics, pc...)) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -55,11 +79,11 @@ func start(t *testing.T) (*fake, string) {
 	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if c, err := net.Dial("unix", filepath.Join(dir, api.SocketName)); err == nil {
 			c.Close()
-			return f, dir
+			return dir
 		}
 	}
 	t.Fatal("the API did not come up")
-	return nil, ""
+	return ""
 }
 
 func TestClientAndServer(t *testing.T) {
@@ -93,6 +117,48 @@ func TestClientAndServer(t *testing.T) {
 	}
 }
 
+func TestOrdersOfAPair(t *testing.T) {
+	f := &fake{}
+	ctx := context.Background()
+	c := client.New(run(t, f, &pair{fake: f}))
+	if v, err := c.Abort(ctx, "v", api.AbortRequest{Force: true}); err != nil || v.Volume != "v" {
+		t.Fatalf("abort: %v %v", v, err)
+	}
+	if _, err := c.Checkpoint(ctx, "v"); err != nil {
+		t.Fatal(err)
+	}
+	if len(f.got) != 4 || f.got[1] != (api.AbortRequest{Force: true}) || f.got[3] != "checkpoint" {
+		t.Fatalf("the daemon got %v", f.got)
+	}
+	if _, err := c.Policy(ctx, "v", api.PolicyRequest{Policy: api.PolicyWriteBack}); block.KindOf(err) != block.KindBusy {
+		t.Fatalf("a refused policy answers %v", err)
+	}
+	if _, err := c.Policy(ctx, "v", api.PolicyRequest{Policy: "hope"}); block.KindOf(err) != block.KindInvalid {
+		t.Fatalf("an unknown policy answers %v", err)
+	}
+	if _, err := c.Discard(ctx, "v", api.DiscardRequest{}); block.KindOf(err) != block.KindUnsupported || !strings.Contains(err.Error(), "--isolated") {
+		t.Fatalf("what the daemon cannot do answers %v", err)
+	}
+}
+
+func TestOrdersWithoutAPair(t *testing.T) {
+	_, dir := start(t)
+	ctx, c := context.Background(), client.New(dir)
+	for what, call := range map[string]func() (api.Volume, error){
+		"abort":      func() (api.Volume, error) { return c.Abort(ctx, "v", api.AbortRequest{}) },
+		"checkpoint": func() (api.Volume, error) { return c.Checkpoint(ctx, "v") },
+		"discard":    func() (api.Volume, error) { return c.Discard(ctx, "v", api.DiscardRequest{Force: true}) },
+		"failover":   func() (api.Volume, error) { return c.Failover(ctx, "v", api.FailoverRequest{}) },
+		"policy": func() (api.Volume, error) {
+			return c.Policy(ctx, "v", api.PolicyRequest{Policy: api.PolicyIsolated})
+		},
+	} {
+		if _, err := call(); block.KindOf(err) != block.KindUnsupported || !strings.Contains(err.Error(), "this daemon") {
+			t.Errorf("%s answers %v", what, err)
+		}
+	}
+}
+
 func TestOpenAPIAndMetrics(t *testing.T) {
 	_, dir := start(t)
 	hc := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -115,7 +181,8 @@ func TestOpenAPIAndMetrics(t *testing.T) {
 	if err := json.Unmarshal(get(api.PathOpenAPI), &doc); err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range []string{api.PathNode, api.PathVolumes, api.PathVolume, api.PathFill, api.PathCutover} {
+	for _, p := range []string{api.PathNode, api.PathVolumes, api.PathVolume, api.PathFill, api.PathCutover,
+		api.PathAbort, api.PathCheckpoint, api.PathDiscard, api.PathFailover, api.PathPolicy} {
 		if len(doc.Paths[p]) == 0 {
 			t.Errorf("the OpenAPI document (%s) does not know %s", doc.OpenAPI, p)
 		}
