@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"net/http"
+	"time"
 
 	"forerun/api"
 
@@ -96,6 +97,88 @@ var families = []gauge{
 		func(v api.Volume) []sample { return one(float64(v.Cutover.ChangesetBytes)) }},
 	{"forerun_cutover_pause_seconds", "How long the switch held I/O.", prometheus.GaugeValue, nil,
 		func(v api.Volume) []sample { return one(float64(v.Cutover.PauseUs) * microsecond) }},
+	{"forerun_replica_role", "1 for the part this frontend has in the pair.", prometheus.GaugeValue, []string{"role"},
+		replica(func(r *api.Replica) []sample {
+			return which(r.Role, api.ReplicaPrimary, api.ReplicaSecondary, api.ReplicaJoining, api.ReplicaAlone)
+		})},
+	{"forerun_replica_mode", "1 for how writes are acknowledged.", prometheus.GaugeValue, []string{"mode"},
+		replica(func(r *api.Replica) []sample {
+			return which(r.Mode, api.ModeReplicated, api.ModeDegraded, api.ModeWaiting)
+		})},
+	{"forerun_replica_in_sync", "1 while both frontends hold every acknowledged write.", prometheus.GaugeValue, nil,
+		replica(func(r *api.Replica) []sample { return one(boolean(r.InSync)) })},
+	{"forerun_replica_epoch", "Epoch of the volume; it grows with each change of the primary.", prometheus.GaugeValue, nil,
+		replica(func(r *api.Replica) []sample { return one(float64(r.Epoch)) })},
+	{"forerun_replica_resync_bytes", "Bytes still to be copied to the peer.", prometheus.GaugeValue, nil,
+		replica(func(r *api.Replica) []sample { return one(float64(r.ResyncBytes)) })},
+	{"forerun_writeback_policy", "1 for what becomes of changes at the source.", prometheus.GaugeValue, []string{"policy"},
+		writeback(func(w *api.Writeback) []sample { return which(w.Policy, api.PolicyWriteBack, api.PolicyIsolated) })},
+	{"forerun_writeback_waiting", "1 while write-back waits for something named in status.", prometheus.GaugeValue, nil,
+		writeback(func(w *api.Writeback) []sample { return one(boolean(w.Reason != "")) })},
+	{"forerun_writeback_unwritten_bytes", "Changes that are in no stored checkpoint yet.", prometheus.GaugeValue, nil,
+		writeback(func(w *api.Writeback) []sample { return one(float64(w.UnwrittenBytes)) })},
+	{"forerun_writeback_oldest_unwritten_seconds", "Age of the oldest unwritten change, 0 when there is none.", prometheus.GaugeValue, nil,
+		writeback(func(w *api.Writeback) []sample { return one(w.OldestS) })},
+	{"forerun_writeback_rpo_seconds", "How far back the source would be if the target site were lost now.", prometheus.GaugeValue, nil,
+		writeback(func(w *api.Writeback) []sample { return one(w.RPOS) })},
+	{"forerun_writeback_last_checkpoint_timestamp_seconds", "When the last stored checkpoint was cut; absent while there is none.", prometheus.GaugeValue, nil,
+		writeback(func(w *api.Writeback) []sample {
+			at, err := time.Parse(time.RFC3339Nano, w.LastCheckpoint)
+			if err != nil {
+				return nil
+			}
+			return one(float64(at.UnixMilli()) / 1e3)
+		})},
+	{"forerun_writeback_last_checkpoint_id", "Number of the last stored checkpoint.", prometheus.GaugeValue, nil,
+		writeback(func(w *api.Writeback) []sample { return one(float64(w.LastID)) })},
+	{"forerun_failover_connected", "1 while a target serves the proxy's volume.", prometheus.GaugeValue, nil,
+		failover(func(f *api.Failover) []sample { return one(boolean(f.Target != "")) })},
+	{"forerun_failover_moves_total", "Times a proxy began to use a target.", prometheus.CounterValue, nil,
+		failover(func(f *api.Failover) []sample { return one(float64(f.Moves)) })},
+	{"forerun_failover_repeated_calls_total", "Calls that were sent again to another target.", prometheus.CounterValue, nil,
+		failover(func(f *api.Failover) []sample { return one(float64(f.Repeated)) })},
+	{"forerun_failover_stalls_total", "Times a target answered nothing for too long.", prometheus.CounterValue, nil,
+		failover(func(f *api.Failover) []sample { return one(float64(f.Stalls)) })},
+	{"forerun_failover_longest_gap_seconds", "Longest time without any target.", prometheus.GaugeValue, nil,
+		failover(func(f *api.Failover) []sample { return one(float64(f.LongestUs) * microsecond) })},
+}
+
+// replica, writeback and failover make samples of a part of the status that
+// not every volume has.
+func replica(f func(*api.Replica) []sample) func(api.Volume) []sample {
+	return func(v api.Volume) []sample {
+		if v.Replica == nil {
+			return nil
+		}
+		return f(v.Replica)
+	}
+}
+
+func writeback(f func(*api.Writeback) []sample) func(api.Volume) []sample {
+	return func(v api.Volume) []sample {
+		if v.Writeback == nil {
+			return nil
+		}
+		return f(v.Writeback)
+	}
+}
+
+func failover(f func(*api.Failover) []sample) func(api.Volume) []sample {
+	return func(v api.Volume) []sample {
+		if v.Failover == nil {
+			return nil
+		}
+		return f(v.Failover)
+	}
+}
+
+// which is 1 for the value that is, 0 for the others.
+func which(is string, all ...string) []sample {
+	out := make([]sample, len(all))
+	for i, a := range all {
+		out[i] = sample{boolean(a == is), []string{a}}
+	}
+	return out
 }
 
 // collector turns the daemon's status into metrics at each scrape, so that no
