@@ -15,7 +15,8 @@ import (
 
 // Commands returns the commands that speak to a running daemon.
 func Commands() []*cobra.Command {
-	return []*cobra.Command{statusCommand(), fillCommand(), cutoverCommand()}
+	return []*cobra.Command{statusCommand(), fillCommand(), cutoverCommand(), abortCommand(),
+		checkpointCommand(), discardCommand(), failoverCommand(), policyCommand()}
 }
 
 // target is the pair of flags that says which daemon and which volume.
@@ -59,6 +60,15 @@ func etaText(s int64) string {
 		return "unknown"
 	}
 	return (time.Duration(s) * time.Second).String()
+}
+
+// secondsText shows seconds to a tenth while they are few.
+func secondsText(s float64) string {
+	d := time.Duration(s * float64(time.Second))
+	if d < time.Minute {
+		return d.Round(100 * time.Millisecond).String()
+	}
+	return d.Round(time.Second).String()
 }
 
 func microsText(us int64) string {

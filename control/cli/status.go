@@ -85,8 +85,127 @@ func printStatus(ctx context.Context, w io.Writer, t *target, asJSON, line bool)
 	return nil
 }
 
+// replicaText is a frontend's part in the pair.
+func replicaText(r *api.Replica) string {
+	if r == nil {
+		return "no pair"
+	}
+	s := r.Role
+	if r.Peer != "" {
+		s += ", the other one is " + r.Peer
+	}
+	s += fmt.Sprintf(", epoch %d", r.Epoch)
+	if r.Role != api.ReplicaAlone {
+		sync := "in sync"
+		if !r.InSync {
+			sync = "not in sync"
+		}
+		s += ", " + sync
+	}
+	if r.Mode != "" && r.Mode != api.ModeReplicated {
+		s += ", " + r.Mode
+	}
+	if r.ResyncBytes > 0 {
+		s += fmt.Sprintf(", %s to copy", bytesText(float64(r.ResyncBytes)))
+	}
+	if r.Reason != "" {
+		s += " (" + r.Reason + ")"
+	}
+	return s
+}
+
+// writebackText is what becomes of changes at the source.
+func writebackText(w *api.Writeback) string {
+	if w == nil {
+		return "off"
+	}
+	if w.Policy == api.PolicyIsolated {
+		s := fmt.Sprintf("isolated, %s changed here only", bytesText(float64(w.UnwrittenBytes)))
+		if w.Reason != "" {
+			s += " (" + w.Reason + ")"
+		}
+		return s
+	}
+	state := w.State
+	if state == "" {
+		state = w.Policy
+	}
+	s := fmt.Sprintf("%s, %s unwritten", state, bytesText(float64(w.UnwrittenBytes)))
+	if w.OldestS > 0 {
+		s += fmt.Sprintf(", the oldest %s ago", secondsText(w.OldestS))
+	}
+	if w.LastCheckpoint == "" {
+		s += ", no checkpoint yet"
+	} else {
+		s += fmt.Sprintf(", checkpoint %d cut at %s", w.LastID, w.LastCheckpoint)
+	}
+	s += ", rpo " + secondsText(w.RPOS)
+	if w.Reason != "" {
+		s += " (" + w.Reason + ")"
+	}
+	return s
+}
+
+// pairLine is the pair and write-back on the line of --watch.
+func pairLine(v api.Volume) string {
+	var b strings.Builder
+	if r := v.Replica; r != nil && r.Role != api.ReplicaAlone {
+		sync := "in sync"
+		if !r.InSync {
+			sync = "not in sync"
+		}
+		if r.ResyncBytes > 0 {
+			sync += " " + bytesText(float64(r.ResyncBytes)) + " to copy"
+		}
+		fmt.Fprintf(&b, "  %s epoch %d %s", r.Role, r.Epoch, sync)
+		if r.Mode != "" && r.Mode != api.ModeReplicated {
+			b.WriteString(" " + r.Mode)
+		}
+		if r.Reason != "" {
+			b.WriteString(" (" + r.Reason + ")")
+		}
+	}
+	if w := v.Writeback; w != nil {
+		fmt.Fprintf(&b, "  %s %s unwritten", w.Policy, bytesText(float64(w.UnwrittenBytes)))
+		if w.Policy != api.PolicyIsolated {
+			fmt.Fprintf(&b, " rpo %s", secondsText(w.RPOS))
+		}
+		if w.Reason != "" {
+			b.WriteString(" (" + w.Reason + ")")
+		}
+	}
+	if a := v.Abort; a != nil {
+		fmt.Fprintf(&b, "  abort %s %s left", a.State, bytesText(float64(a.RemainingBytes)))
+	}
+	return b.String()
+}
+
+// proxyLine is a proxy's volume on the line of --watch.
+func proxyLine(v api.Volume) string {
+	f := v.Failover
+	at := f.Target
+	if at == "" {
+		at = "no target"
+	}
+	s := fmt.Sprintf("%s  %s  %d under way, %d moves, %d repeated, longest gap %s", v.Volume, at, f.Waiting, f.Moves, f.Repeated, microsText(f.LongestUs))
+	if v.Waiting != "" {
+		s += "  waiting: " + v.Waiting
+	}
+	return s
+}
+
 // statusLine is a volume on one line, for --watch.
 func statusLine(v api.Volume) string {
+	if v.Failover != nil {
+		return proxyLine(v)
+	}
+	if v.Role == api.RoleBackend {
+		s := fmt.Sprintf("%s  %s  %d sessions, %s sent", v.Volume, v.Phase, v.Clients, bytesText(float64(v.WAN.SentBytes))) + pairLine(v)
+		if v.Waiting != "" {
+			s += "  waiting: " + v.Waiting
+		}
+		return s
+	}
 	total := (v.SizeBytes + v.ChunkBytes - 1) / max(v.ChunkBytes, 1)
 	done := 100.0
 	if total > 0 {
@@ -99,6 +218,7 @@ func statusLine(v api.Volume) string {
 		fmt.Fprintf(&b, " rtt %s", microsText(v.WAN.RTTUs))
 	}
 	fmt.Fprintf(&b, "  demand p50 %s p99 %s, %d waiting", microsText(v.Demand.P50Us), microsText(v.Demand.P99Us), v.Demand.Waiting)
+	b.WriteString(pairLine(v))
 	if v.Cutover.State != "" && v.Cutover.State != "idle" {
 		fmt.Fprintf(&b, "  cut-over %s round %d changeset %s", v.Cutover.State, v.Cutover.Rounds, bytesText(float64(v.Cutover.ChangesetBytes)))
 	}
@@ -112,6 +232,30 @@ func printVolume(w io.Writer, v api.Volume) {
 	row := func(name, format string, args ...any) {
 		fmt.Fprintf(w, "  %-10s "+format+"\n", append([]any{name}, args...)...)
 	}
+	end := func() {
+		if v.Replica != nil {
+			row("replica", "%s", replicaText(v.Replica))
+		}
+		if v.Writeback != nil {
+			row("write-back", "%s", writebackText(v.Writeback))
+		}
+		if v.Abort != nil && v.Abort.State == api.AbortDone {
+			row("abort", "%s", abortedText(v))
+		} else if v.Abort != nil {
+			row("abort", "%s", strings.TrimPrefix(abortLine(v), "abort: "))
+		}
+		if v.Waiting != "" {
+			row("waiting", "%s", v.Waiting)
+		}
+		for _, s := range v.Warnings {
+			row("warning", "%s", s)
+		}
+	}
+	if v.Failover != nil {
+		printProxied(w, v, row)
+		end()
+		return
+	}
 	fmt.Fprintf(w, "%s: %s, primary is the %s\n", v.Volume, v.Phase, v.Primary)
 	row("size", "%s in chunks of %s", bytesText(float64(v.SizeBytes)), bytesText(float64(v.ChunkBytes)))
 	if v.Source != "" {
@@ -120,6 +264,7 @@ func printVolume(w io.Writer, v api.Volume) {
 	row("clients", "%d", v.Clients)
 	if v.Role == api.RoleBackend {
 		row("link", "%s received, %s sent", bytesText(float64(v.WAN.ReceivedBytes)), bytesText(float64(v.WAN.SentBytes)))
+		end()
 		return
 	}
 	row("chunks", "%d untouched, %d held, %d zero, %d modified; %d absent", v.Chunks.Untouched, v.Chunks.Held, v.Chunks.Zero, v.Chunks.Modified, v.Chunks.Absent)
@@ -145,10 +290,26 @@ func printVolume(w io.Writer, v api.Volume) {
 	if v.Cutover.State != "" && v.Cutover.State != "idle" {
 		row("cut-over", "%s", cutoverLine(v.Cutover))
 	}
-	if v.Waiting != "" {
-		row("waiting", "%s", v.Waiting)
+	end()
+}
+
+// printProxied is a volume as a proxy sees it.
+func printProxied(w io.Writer, v api.Volume, row func(name, format string, args ...any)) {
+	f := v.Failover
+	at := f.Target
+	if at == "" {
+		at = "no target"
 	}
-	for _, s := range v.Warnings {
-		row("warning", "%s", s)
+	fmt.Fprintf(w, "%s: served through %s\n", v.Volume, at)
+	row("size", "%s", bytesText(float64(v.SizeBytes)))
+	row("clients", "%d", v.Clients)
+	for _, t := range f.Targets {
+		s := t.State
+		if t.Error != "" {
+			s += " (" + t.Error + ")"
+		}
+		row("target", "%s: %s", t.Target, s)
 	}
+	row("calls", "%d under way, %d repeated", f.Waiting, f.Repeated)
+	row("moves", "%d, %d because a target answered nothing; the longest time without any was %s", f.Moves, f.Stalls, microsText(f.LongestUs))
 }
