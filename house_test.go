@@ -26,7 +26,7 @@ var floors = map[string]int{
 	"daemon":         5,
 	"daemon/backend": 6, "daemon/frontend": 6, "daemon/proxy": 6,
 	"lab": 7, "cmd": 7,
-	"lab/crash": 8, "lab/sim": 8, "lab/bench": 9,
+	"lab/crash": 8, "lab/sim": 8, "lab/pair": 8, "lab/bench": 9,
 	"cmd/forerun-lab": 10,
 }
 

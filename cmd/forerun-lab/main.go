@@ -24,6 +24,7 @@ func main() {
 		SilenceErrors: true,
 	}
 	root.AddCommand(setupCmd(), guestCmd(log), wanCmd(), demoCmd(log), bootCmd(log), localCmd(log), crashCmd(log))
+	root.AddCommand(pairCmds(log)...)
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "forerun-lab:", err)
 		stop()

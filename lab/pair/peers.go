@@ -1,0 +1,27 @@
+package pair
+
+import (
+	"context"
+
+	"forerun/lab/rig"
+)
+
+// peerServer starts a server of somebody else's, until the run ends.
+func (k *run) peerServer(name string, args ...string) (*rig.Proc, error) {
+	return k.peerAt(nil, name, args...)
+}
+
+func (k *run) peerAt(at rig.Command, name string, args ...string) (*rig.Proc, error) {
+	if at == nil {
+		at = rig.Local
+	}
+	p, err := rig.Launch(at(context.WithoutCancel(k.ctx), name, args...), name, k.path(name+".log"))
+	if err != nil {
+		return nil, err
+	}
+	k.atEnd(func() error {
+		p.Kill()
+		return nil
+	})
+	return p, nil
+}
