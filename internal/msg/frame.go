@@ -16,10 +16,10 @@ const (
 	helloLen  = 28
 	maxText   = 1024
 
-	// Urgent is the first of the types that overtake others: see the package
-	// comment. MaxUrgent is the largest payload of theirs and of their answers.
-	Urgent    uint8 = 0x80
-	MaxUrgent       = 64 << 10
+	// Urgent is the first of the types that overtake others: see the package comment.
+	Urgent uint8 = 0x80
+	// MaxUrgent is the largest payload of an urgent request and of its answer.
+	MaxUrgent = 64 << 10
 )
 
 const (

@@ -59,7 +59,7 @@ func TestEcho(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := pair(t, lan(), Options{Serve: echo}, Options{Serve: echo})
 		var wg sync.WaitGroup
-		for i := range 2000 {
+		for i := range 500 {
 			wg.Go(func() {
 				r := rand.New(rand.NewPCG(uint64(i), 1))
 				c, typ := a, uint8(i)
@@ -67,7 +67,7 @@ func TestEcho(t *testing.T) {
 					c = b
 				}
 				n := r.IntN(3000)
-				if r.IntN(50) == 0 && typ < Urgent {
+				if r.IntN(20) == 0 && typ < Urgent {
 					n = r.IntN(defaultMax + 1)
 				}
 				p := make([]byte, n)
@@ -240,10 +240,10 @@ func TestDeadPeer(t *testing.T) {
 						if !load {
 							continue
 						}
-						for range 4 {
+						for range 2 {
 							wg.Go(func() {
 								for {
-									if _, err := c.Call(bg, 1, make([]byte, 50<<10)); err != nil {
+									if _, err := c.Call(bg, 1, make([]byte, 10<<10)); err != nil {
 										if block.KindOf(err) != block.KindUnavailable {
 											t.Error(err)
 										}
@@ -253,7 +253,7 @@ func TestDeadPeer(t *testing.T) {
 							})
 						}
 					}
-					time.Sleep(10 * time.Second)
+					time.Sleep(time.Second + 9*time.Second*time.Duration(1-sign(load)))
 					select {
 					case <-a.Done():
 						t.Error("a died on a good line")
@@ -265,20 +265,26 @@ func TestDeadPeer(t *testing.T) {
 					w.Partition(way, true)
 					<-a.Done()
 					<-b.Done()
-					time.Sleep(time.Second)
+					na.Close()
+					nb.Close()
+					w.Close()
+					wg.Wait()
 					for i, e := range ends {
 						if d := e.Sub(cut); d > 1800*time.Millisecond {
 							t.Errorf("side %d noticed after %v", i, d)
 						}
 					}
-					na.Close()
-					nb.Close()
-					w.Close()
-					wg.Wait()
 				})
 			})
 		}
 	}
+}
+
+func sign(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // deaf does not tell the other side that it was closed.
