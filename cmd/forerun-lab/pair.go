@@ -40,5 +40,38 @@ func pairCmds(log *slog.Logger) []*cobra.Command {
 		})
 	pgbench.Flags().IntVar(&pg.Clients, "clients", 0, "clients of the database, 0 for 4")
 	pgbench.Flags().BoolVar(&pg.Plain, "plain", false, "qemu-nbd in the pair's place for n seconds, to try the chain above it")
-	return []*cobra.Command{pgbench}
+	var be pair.BackendOptions
+	backend := campaign(log, "pair-backend", "Kill the backend while it applies a checkpoint, and read the sources", 50,
+		func(ctx context.Context, o pair.Options, r *bench.Report) error {
+			be.Options = o
+			return pair.Backend(ctx, be, r)
+		})
+	backend.Flags().DurationVar(&be.Interval, "interval", 0, "between checkpoints, 0 for 1s")
+	var lo pair.LostOptions
+	lost := campaign(log, "pair-lost", "Destroy both frontends' machines, and use the source", 3,
+		func(ctx context.Context, o pair.Options, r *bench.Report) error {
+			lo.Options = o
+			return pair.Lost(ctx, lo, r)
+		})
+	lost.Flags().DurationVar(&lo.Interval, "interval", 0, "between checkpoints, 0 for 3s")
+	var ab pair.AbortOptions
+	abort := campaign(log, "pair-abort", "Call moves off: drained, and by force while the line is cut", 2,
+		func(ctx context.Context, o pair.Options, r *bench.Report) error {
+			ab.Options = o
+			return pair.Abort(ctx, ab, r)
+		})
+	abort.Flags().DurationVar(&ab.Write, "write", 0, "how long is written before, 0 for 15s")
+	abort.Flags().Int64Var(&ab.Rate, "rate", 0, "of the line in bytes a second, 0 for 4000000")
+	plain := func(name, short string, n int, f func(context.Context, pair.Options, pair.Report) error) *cobra.Command {
+		return campaign(log, name, short, n, func(ctx context.Context, o pair.Options, r *bench.Report) error { return f(ctx, o, r) })
+	}
+	return []*cobra.Command{pgbench, backend, lost, abort,
+		plain("pair-failover", "Kill and freeze one frontend at a time under a verifying load behind the proxy", 20, pair.Failover),
+		plain("pair-both", "Kill both frontends at once under a verifying load with flushes", 20, pair.Both),
+		plain("pair-clone", "Write all over an isolated clone beside the real volume, and discard it", 2, pair.Clone),
+		plain("pair-return", "Move a disk from A to B and back to A", 1,
+			func(ctx context.Context, o pair.Options, r pair.Report) error {
+				return pair.Back(ctx, pair.BackOptions{Options: o}, r)
+			}),
+	}
 }

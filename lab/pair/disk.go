@@ -155,3 +155,9 @@ func (d *disk) report() {
 	d.k.Measure(d.name+": flushes", float64(h.Flushes), "")
 	d.k.Measure(d.name+": sectors judged", float64(h.Checked), "")
 }
+
+// wrong says whether err is about wrong bytes, not about a lost connection.
+func wrong(err error) bool {
+	var w *oracle.Wrong
+	return errors.As(err, &w)
+}

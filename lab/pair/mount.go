@@ -178,7 +178,9 @@ func (m *Mount) clear() error {
 		}
 		m.fuse = nil
 	}
-	return errors.Join(append(errs, os.RemoveAll(m.root))...)
+	errs = append(errs, os.RemoveAll(m.root))
+	os.Remove(filepath.Dir(m.root)) // when it was the last
+	return errors.Join(errs...)
 }
 
 // Clean removes mounts and loop devices of runs whose process is gone.

@@ -30,7 +30,7 @@ type Config struct {
 	Args, BackendArgs []string
 	// Gated puts a Gate between the frontends and the backend.
 	Gated bool
-	// Single leaves frontend b and everything about peers away.
+	// Single leaves frontend b, the proxy and everything about peers away.
 	Single bool
 	// AtBackend, AtA and AtB run the daemons, the Hosts are their addresses;
 	// ports are fixed when a host is given.
@@ -146,10 +146,9 @@ func New(ctx context.Context, c Config) (p *Pair, err error) {
 	if !c.Single {
 		p.B = p.Frontend("b", c.AtB, p.peers("b", atB, atA)...)
 	}
-	p.Proxy = p.node("proxy", nil, []string{"proxy", "--state", p.path("proxy"), "--export", "nbd+unix:///?socket=" + p.path("proxy.sock"),
-		"--to", "nbd+unix:///?socket=" + p.A.Socket})
 	if !c.Single {
-		p.Proxy.args = append(p.Proxy.args, "--to", "nbd+unix:///?socket="+p.B.Socket)
+		p.Proxy = p.node("proxy", nil, []string{"proxy", "--state", p.path("proxy"), "--export", "nbd+unix:///?socket=" + p.path("proxy.sock"),
+			"--to", "nbd+unix:///?socket=" + p.A.Socket, "--to", "nbd+unix:///?socket=" + p.B.Socket})
 	}
 	return p, nil
 }
@@ -244,7 +243,18 @@ func (p *Pair) Start(ctx context.Context) error {
 	if err := p.StartFrontends(ctx); err != nil {
 		return err
 	}
+	if p.Single {
+		return nil
+	}
 	return p.Proxy.Start(ctx)
+}
+
+// Entry is where workloads connect: the proxy, or the only frontend.
+func (p *Pair) Entry() *Node {
+	if p.Single {
+		return p.A
+	}
+	return p.Proxy
 }
 
 // StartFrontends starts those that do not run, at once, and waits until all

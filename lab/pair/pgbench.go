@@ -191,11 +191,10 @@ func (b *bankRun) plain() error {
 }
 
 func (b *bankRun) replicated() error {
-	p, err := New(b.ctx, Config{Bin: b.bin, Dir: b.path("pair"), Volumes: []Volume{{"db", b.source}}, Args: b.Args})
+	p, err := b.pair(Config{Volumes: []Volume{{"db", b.source}}})
 	if err != nil {
 		return err
 	}
-	b.atEnd(func() error { p.Kill(); return nil })
 	if err := p.Start(b.ctx); err != nil {
 		return err
 	}
@@ -232,7 +231,7 @@ func (b *bankRun) replicated() error {
 		return b.ctx.Err()
 	})
 	if err != nil {
-		return errors.Join(err, p.A.Trouble("was one frontend"), p.B.Trouble("was the other"), p.Proxy.Trouble("stood before them"))
+		return errors.Join(err, p.words())
 	}
 	b.AtLeast("kills survived", float64(b.N), float64(b.N), "")
 	b.Measure("longest time until both were in sync again", sync.Seconds(), "s")

@@ -1,0 +1,125 @@
+package pair
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"forerun/lab/load"
+)
+
+// What Failover does to a frontend.
+const (
+	killPrimary     = "the primary is killed"
+	killSecondary   = "the secondary is killed"
+	freezePrimary   = "the primary stands still, and wakes"
+	freezeSecondary = "the secondary stands still, and wakes"
+)
+
+// Failover kills and freezes frontends, one at a time, under a verifying load
+// behind the proxy. The load must see no error, and all that was acknowledged
+// must be there at every moment, flushed or not: one node always lived.
+func Failover(ctx context.Context, o Options, r Report) (err error) {
+	k, err := begin(ctx, o, r)
+	if err != nil {
+		return err
+	}
+	defer k.end(&err)
+	d, err := k.newDisk("vol", 64<<20)
+	if err != nil {
+		return err
+	}
+	p, err := k.pair(Config{Volumes: []Volume{d.volume()}})
+	if err != nil {
+		return err
+	}
+	if err := p.Start(k.ctx); err != nil {
+		return err
+	}
+	if err := d.dial(p.Proxy); err != nil {
+		return err
+	}
+	var longest, resync time.Duration
+	for i := range o.N {
+		how := []string{killPrimary, killPrimary, killSecondary, freezePrimary, freezeSecondary}[k.rng.IntN(5)]
+		took, err := k.fail(p, d, how)
+		if err != nil {
+			return fmt.Errorf("round %d, %s: %w", i+1, how, errors.Join(err, p.words()))
+		}
+		longest, resync = max(longest, d.stats.Longest), max(resync, took)
+		k.Say("round %d of %d: %s; longest request %.2f s, in sync again after %.1f s", i+1, o.N, how, d.stats.Longest.Seconds(), took.Seconds())
+		d.stats.Longest = 0
+	}
+	k.AtLeast("frontends that failed", float64(o.N), float64(o.N), "")
+	k.AtMost("longest request", longest.Seconds(), bestFailover, "s")
+	k.Measure("longest time until both were in sync again", resync.Seconds(), "s")
+	d.report()
+	d.leave()
+	return p.Stop()
+}
+
+// fail lets one frontend fail under load, mends it, and judges everything.
+func (k *run) fail(p *Pair, d *disk, how string) (resync time.Duration, err error) {
+	first, second, err := p.Primary(k.ctx, d.name)
+	if err != nil {
+		return 0, err
+	}
+	d.work(load.Config{Pause: 2 * time.Millisecond})
+	k.sleep(k.between(200*time.Millisecond, 1500*time.Millisecond))
+	n := first
+	if how == killSecondary || how == freezeSecondary {
+		n = second
+	}
+	away := k.between(0, 3*time.Second)
+	switch how {
+	case killPrimary, killSecondary:
+		n.Proc.Kill()
+		k.sleep(away)
+		err = n.Start(k.ctx)
+	default:
+		n.Signal(syscall.SIGSTOP)
+		k.sleep(away)
+		n.Signal(syscall.SIGCONT)
+	}
+	if err != nil {
+		return 0, errors.Join(err, d.rest())
+	}
+	if resync, err = p.WaitInSync(k.ctx, time.Minute); err != nil {
+		return 0, errors.Join(err, d.rest())
+	}
+	k.sleep(300 * time.Millisecond)
+	if err := d.rest(); err != nil {
+		return 0, err
+	}
+	return resync, d.judge("after " + how)
+}
+
+// pair lays a pair out below the run's directory, and ends it with the run.
+func (k *run) pair(c Config) (*Pair, error) {
+	c.Bin, c.Args = k.bin, append(c.Args, k.Args...)
+	if c.Dir == "" {
+		c.Dir = k.path("pair")
+	}
+	p, err := New(k.ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	k.atEnd(func() error {
+		p.Kill()
+		return nil
+	})
+	return p, nil
+}
+
+// words are the last ones of all daemons, for an error.
+func (p *Pair) words() error {
+	var errs []error
+	for _, n := range []*Node{p.Backend, p.A, p.B, p.Proxy} {
+		if n != nil && n.Proc != nil {
+			errs = append(errs, n.Trouble("was there"))
+		}
+	}
+	return errors.Join(errs...)
+}
