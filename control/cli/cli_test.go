@@ -23,8 +23,6 @@ type fake struct {
 	serve.Unsupported
 	mu    sync.Mutex
 	v     api.Volume
-	polls int
-	got   []any
 	abort func(*fake, api.AbortRequest) error
 }
 
@@ -38,7 +36,6 @@ func (f *fake) Node() api.Node { return api.Node{Name: "f"} }
 func (f *fake) Volumes() []api.Volume {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.polls++
 	return []api.Volume{f.v}
 }
 func (f *fake) Volume(n string) (api.Volume, error) {

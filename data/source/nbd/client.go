@@ -33,6 +33,9 @@ type Options struct {
 	// ReconnectTimeout is how long calls wait for a server out of reach before
 	// they fail with KindUnavailable. 0 waits until the caller's context ends.
 	ReconnectTimeout time.Duration
+	// KeepsWrites says that what the server acknowledged outlives it (others
+	// hold it too): then a lost connection is no doubt, and no Flush fails for it.
+	KeepsWrites bool
 	// ID replaces the server's address and the export's name in Info.ID. The
 	// size is added to either.
 	ID string
@@ -136,7 +139,7 @@ func Open(ctx context.Context, t Target, o Options) (*Client, error) {
 
 // wrap makes a connection whose acknowledgements are noted.
 func (cl *Client) wrap(nc net.Conn, ex export) *conn {
-	c := newConn(nc, ex, cap(cl.slots))
+	c := newConn(nc, ex, cap(cl.slots)+1) // and a ping
 	c.acked = func(r *request) {
 		if r.flags&p.CmdFlagFUA == 0 {
 			cl.flushed.wrote(c)

@@ -34,6 +34,10 @@
 //     needs certainty over a link that fails flushes before writing the same
 //     bytes twice.
 //
+// Whoever has another way to the same disk need not wait for any of that: Ping
+// (alive.go) asks whether the server still answers, Abort gives it up at once,
+// and Options.KeepsWrites says that its acknowledgements outlive it.
+//
 // A caller whose context ends leaves a read at once; a request that changes
 // the disk is waited for a little longer (graceChange), so that it rarely
 // happens after the caller went on.

@@ -57,18 +57,27 @@ func refused(kind block.Kind, format string, a ...any) error {
 }
 
 // dial connects and negotiates. The net.Conn is in the transmission phase.
-func dial(ctx context.Context, t Target) (net.Conn, export, error) {
+func dial(ctx context.Context, t Target) (nc net.Conn, ex export, err error) {
+	nc, err = connect(ctx, t, func(ctx context.Context, h *handshake) (err error) {
+		ex, err = h.run(ctx)
+		return err
+	})
+	return nc, ex, err
+}
+
+// connect connects and has talk negotiate. If that fails the connection is closed.
+func connect(ctx context.Context, t Target, talk func(context.Context, *handshake) error) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
 	d := net.Dialer{Control: giveUpLate, KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 9}}
 	nc, err := d.DialContext(ctx, t.Network, t.Address)
 	if err != nil {
-		return nil, export{}, err
+		return nil, err
 	}
 	// Any end of ctx, also a cancel, interrupts the negotiation.
 	stop := context.AfterFunc(ctx, func() { _ = nc.SetDeadline(time.Unix(1, 0)) })
 	h := &handshake{t: t, nc: nc}
-	ex, err := h.run(ctx)
+	err = talk(ctx, h)
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
@@ -77,9 +86,9 @@ func dial(ctx context.Context, t Target) (net.Conn, export, error) {
 		if ctx.Err() != nil {
 			err = fmt.Errorf("the server accepted the connection but did not finish the greeting (%w); it may be serving another client only", context.Cause(ctx))
 		}
-		return nil, export{}, err
+		return nil, err
 	}
-	return h.nc, ex, nil
+	return h.nc, nil
 }
 
 // giveUpLate bounds how long sent bytes may stay unacknowledged (tcp(7),
@@ -107,45 +116,12 @@ func (h *handshake) read(n int) ([]byte, error) {
 	return b, err
 }
 
+// run negotiates up to the transmission phase.
 func (h *handshake) run(ctx context.Context) (export, error) {
 	ex := export{minBlock: 1, maxBlock: p.MaxPayload}
-	b, err := h.read(16)
+	fixed, noZeroes, err := h.greet(ctx)
 	if err != nil {
 		return ex, err
-	}
-	if binary.BigEndian.Uint64(b) != p.Magic {
-		return ex, refused(block.KindInvalid, "this is not an NBD server: it greets with %q", b[:8])
-	}
-	switch m := binary.BigEndian.Uint64(b[8:]); m {
-	case p.OptMagic:
-	case oldstyleMagic:
-		return ex, refused(block.KindUnsupported, "the server speaks the old style of NBD only, which has no options; run it as a newstyle server")
-	default:
-		return ex, refused(block.KindInvalid, "the server's greeting continues with %#x, which is no version of NBD", m)
-	}
-	if b, err = h.read(2); err != nil {
-		return ex, err
-	}
-	flags := binary.BigEndian.Uint16(b)
-	var reply uint32
-	fixed := flags&p.FlagFixedNewstyle != 0
-	if fixed {
-		reply |= p.FlagCFixedNewstyle
-	}
-	noZeroes := flags&p.FlagNoZeroes != 0
-	if noZeroes {
-		reply |= p.FlagCNoZeroes
-	}
-	if _, err := h.nc.Write(binary.BigEndian.AppendUint32(nil, reply)); err != nil {
-		return ex, err
-	}
-	if h.t.TLS {
-		if !fixed {
-			return ex, refused(block.KindUnsupported, "the server cannot negotiate TLS; nothing was sent in the clear")
-		}
-		if err := h.startTLS(ctx); err != nil {
-			return ex, err
-		}
 	}
 	if !fixed {
 		return ex, h.exportName(&ex, noZeroes)
@@ -159,6 +135,49 @@ func (h *handshake) run(ctx context.Context) (export, error) {
 		return ex, h.exportName(&ex, noZeroes)
 	}
 	return ex, err
+}
+
+// greet exchanges the greetings and begins TLS where it is asked for.
+func (h *handshake) greet(ctx context.Context) (fixed, noZeroes bool, err error) {
+	b, err := h.read(16)
+	if err != nil {
+		return false, false, err
+	}
+	if binary.BigEndian.Uint64(b) != p.Magic {
+		return false, false, refused(block.KindInvalid, "this is not an NBD server: it greets with %q", b[:8])
+	}
+	switch m := binary.BigEndian.Uint64(b[8:]); m {
+	case p.OptMagic:
+	case oldstyleMagic:
+		return false, false, refused(block.KindUnsupported, "the server speaks the old style of NBD only, which has no options; run it as a newstyle server")
+	default:
+		return false, false, refused(block.KindInvalid, "the server's greeting continues with %#x, which is no version of NBD", m)
+	}
+	if b, err = h.read(2); err != nil {
+		return false, false, err
+	}
+	flags := binary.BigEndian.Uint16(b)
+	var reply uint32
+	fixed = flags&p.FlagFixedNewstyle != 0
+	if fixed {
+		reply |= p.FlagCFixedNewstyle
+	}
+	noZeroes = flags&p.FlagNoZeroes != 0
+	if noZeroes {
+		reply |= p.FlagCNoZeroes
+	}
+	if _, err := h.nc.Write(binary.BigEndian.AppendUint32(nil, reply)); err != nil {
+		return false, false, err
+	}
+	if h.t.TLS {
+		if !fixed {
+			return false, false, refused(block.KindUnsupported, "the server cannot negotiate TLS; nothing was sent in the clear")
+		}
+		if err := h.startTLS(ctx); err != nil {
+			return false, false, err
+		}
+	}
+	return fixed, noZeroes, nil
 }
 
 func (h *handshake) send(opt uint32, data []byte) error {

@@ -141,7 +141,9 @@ func (cl *Client) uninstall(i int, c *conn, err error) {
 	if cl.ctx.Err() != nil {
 		return
 	}
-	cl.flushed.lost(c)
+	if !cl.opt.KeepsWrites {
+		cl.flushed.lost(c)
+	}
 	cl.log.Warn("lost a connection to the NBD server", "uri", cl.target.URI, "err", err, "others", cl.alive)
 	if cl.alive == 0 {
 		cl.downSince, cl.why = time.Now(), err

@@ -20,6 +20,14 @@ const (
 // tlsConfig reads the certificates anew for each connection, so that renewed
 // ones are used by the next reconnect.
 func tlsConfig(t Target) (*tls.Config, error) {
+	if t.Config != nil {
+		c := t.Config.Clone()
+		c.ServerName = t.Hostname
+		if c.ServerName == "" {
+			c.ServerName = "localhost" // a unix socket is on this host
+		}
+		return c, nil
+	}
 	c := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.Hostname}
 	if t.CertDir != "" {
 		ca := filepath.Join(t.CertDir, caFile)

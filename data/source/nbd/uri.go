@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -29,6 +30,9 @@ type Target struct {
 	Hostname string
 	// NoVerify accepts any certificate.
 	NoVerify bool
+	// Config replaces CertDir and NoVerify; no URI sets it. Its ServerName is
+	// Hostname, and localhost over a unix socket.
+	Config *tls.Config
 }
 
 // ParseURI reads nbd://, nbds://, nbd+unix:// and nbds+unix:// URIs. Errors are
