@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"runtime"
 	"slices"
@@ -14,6 +15,7 @@ import (
 
 	"forerun/block"
 	"forerun/internal/chunk"
+	"forerun/internal/msg"
 	"forerun/internal/pki"
 )
 
@@ -55,6 +57,11 @@ type ServerOptions struct {
 	// MaxSessions is the number of sessions at a time, default 256.
 	MaxSessions int
 	Socket      SocketOptions
+	// Also are other protocols on the same port, by their names in the TLS
+	// handshake: a connection of theirs is handed over after it, with role and
+	// name of the client's certificate, and closed when the function returns.
+	// That has to be soon after ctx has ended.
+	Also map[string]func(ctx context.Context, nc net.Conn, role, name string)
 }
 
 // Server serves volumes to clients. Make it with NewServer.
@@ -93,6 +100,8 @@ func NewServer(o ServerOptions) (*Server, error) {
 		return bad("a Lookup function is needed")
 	case o.Codec > chunk.S2:
 		return bad("codec %d cannot pack", o.Codec)
+	case o.Also[alpn] != nil:
+		return bad("%s is this server's own protocol", alpn)
 	case len(o.Node) > maxName:
 		return bad("a node name of %d bytes", len(o.Node))
 	}
@@ -119,7 +128,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 		seals: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))}
 	s.tls = o.TLS.Clone()
 	s.tls.MinVersion = tls.VersionTLS13
-	s.tls.NextProtos = []string{alpn}
+	s.tls.NextProtos = append([]string{alpn}, slices.Sorted(maps.Keys(o.Also))...)
 	s.tls.DynamicRecordSizingDisabled = true
 	return s, nil
 }
@@ -172,7 +181,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 func (s *Server) serveConn(ctx context.Context, wg *sync.WaitGroup, nc net.Conn) {
 	s.admit(nc)
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
-	c, err := s.greet(ctx, wg, nc)
+	c, other, err := s.greet(ctx, wg, nc)
 	s.settled(nc)
 	if err != nil {
 		stop()
@@ -182,6 +191,11 @@ func (s *Server) serveConn(ctx context.Context, wg *sync.WaitGroup, nc net.Conn)
 	}
 	if !stop() {
 		nc.Close() // ctx ended meanwhile
+	}
+	if other != nil {
+		defer nc.Close()
+		other(ctx)
+		return
 	}
 	said := make(chan struct{})
 	stop = context.AfterFunc(ctx, func() { defer close(said); c.bye() })
@@ -230,18 +244,35 @@ func (s *Server) refused(nc net.Conn, err error) {
 	}
 }
 
-// greet does the TLS handshake and the hello, and enters the connection into its session.
-func (s *Server) greet(ctx context.Context, wg *sync.WaitGroup, nc net.Conn) (*sconn, error) {
+// greet does the TLS handshake. A connection of another protocol is done with
+// then, and the function is who takes it over.
+func (s *Server) greet(ctx context.Context, wg *sync.WaitGroup, nc net.Conn) (c *sconn, other func(context.Context), err error) {
 	nc.SetDeadline(time.Now().Add(s.o.Handshake))
 	counted := &countedConn{Conn: nc, t: &s.traffic}
 	tc := tls.Server(counted, s.tls)
 	if err := tc.HandshakeContext(ctx); err != nil {
-		return nil, pki.Explain(err)
+		return nil, nil, pki.Explain(err)
 	}
 	cs := tc.ConnectionState()
 	if len(cs.PeerCertificates) == 0 || len(cs.VerifiedChains) == 0 {
-		return nil, &block.Error{Op: "wire.handshake", Kind: block.KindDenied, Err: errors.New("the client showed no certificate")}
+		return nil, nil, &block.Error{Op: "wire.handshake", Kind: block.KindDenied, Err: errors.New("the client showed no certificate")}
 	}
+	if take := s.o.Also[cs.NegotiatedProtocol]; take != nil {
+		class := roleDemand
+		if cs.NegotiatedProtocol == msg.ProtoWriteBack {
+			class = roleBackground // bulk, for those who look at the mark of a packet
+		}
+		s.o.Socket.apply(nc, class)
+		nc.SetDeadline(time.Time{})
+		role, name := pki.PeerIdentity(cs)
+		return nil, func(ctx context.Context) { take(ctx, tc, role, name) }, nil
+	}
+	c, err = s.hello(ctx, wg, nc, tc, cs)
+	return c, nil, err
+}
+
+// hello reads the client's hello, and enters the connection into its session.
+func (s *Server) hello(ctx context.Context, wg *sync.WaitGroup, nc net.Conn, tc *tls.Conn, cs tls.ConnectionState) (*sconn, error) {
 	pr := &patientReader{conn: tc}
 	br := newFrameReader(pr)
 	h, err := readHello(br)
