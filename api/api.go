@@ -117,6 +117,7 @@ type Volume struct {
 	Writeback *Writeback `json:"writeback,omitempty" doc:"what becomes of the workload's changes at the source"`
 	Abort     *Abort     `json:"abort,omitempty" doc:"an abort under way or done"`
 	Failover  *Failover  `json:"failover,omitempty" doc:"at a proxy: which target serves"`
+	Clones    []string   `json:"clones,omitempty" doc:"at a backend: test clones that read the source"`
 
 	Warnings []string `json:"warnings,omitempty"`
 }
@@ -236,6 +237,7 @@ type Abort struct {
 	RemainingBytes int64   `json:"remaining_bytes" doc:"still to be written to the source"`
 	LastCheckpoint string  `json:"last_checkpoint,omitempty" doc:"what the source holds: when that checkpoint was cut, RFC 3339"`
 	LastID         uint64  `json:"last_id,omitempty" doc:"number of that checkpoint"`
+	Loss           string  `json:"loss,omitempty" doc:"with force: what the source has and what it lacks, in words"`
 	LostBytes      int64   `json:"lost_bytes" doc:"changes that the source will never have; with force only, -1 when nobody knows"`
 	LostS          float64 `json:"lost_s" doc:"over how many seconds before the abort they were made, -1 when nobody knows"`
 	Error          string  `json:"error,omitempty"`

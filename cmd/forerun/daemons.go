@@ -79,6 +79,7 @@ func backendCommand() *cobra.Command {
 	f.StringVar(&cfg.StateDir, "state", "", "directory of this daemon's state and API socket")
 	f.StringVar(&cfg.Listen, "listen", "", "HOST:PORT that frontends connect to")
 	f.StringArrayVar(&volumes, "volume", nil, "NAME=SOURCE; may be given again")
+	f.BoolVar(&cfg.ReadOnly, "read-only", false, "never change a source: nothing is written back")
 	f.IntVar(&cfg.ChunkBytes, "chunk", chunk.DefaultSize, "chunk size in bytes, a power of two from 16384 to 1048576")
 	logs.add(cmd)
 	required(cmd, "pki", "name", "state", "listen", "volume")

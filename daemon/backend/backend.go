@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"forerun/api"
@@ -19,6 +20,7 @@ import (
 	"forerun/daemon"
 	"forerun/data/source"
 	"forerun/data/wire"
+	"forerun/data/writeback"
 	"forerun/disk"
 	"forerun/internal/chunk"
 	"forerun/internal/pki"
@@ -34,7 +36,9 @@ type Config struct {
 	Volumes  []Volume
 	// ChunkBytes is the chunk size of all volumes, 0 for chunk.DefaultSize.
 	ChunkBytes int
-	Log        *slog.Logger
+	// ReadOnly never changes a source: nothing is written back.
+	ReadOnly bool
+	Log      *slog.Logger
 }
 
 // Volume names a source.
@@ -63,11 +67,14 @@ type Backend struct {
 	names   []string
 	server  *wire.Server
 	addr    string
+	home    home
+	mu      sync.Mutex
 }
 
 type served struct {
 	spec Volume
-	dev  block.Device
+	dev  block.Device    // nil: it was given back in an earlier life
+	loss *writeback.Loss // guarded by Backend.mu: of an abort by force
 }
 
 // New checks cfg and returns the daemon, which has done nothing yet.
@@ -103,22 +110,30 @@ func (b *Backend) Run(ctx context.Context) (err error) {
 	if err := disk.OS().MkdirAll(b.socketDir()); err != nil {
 		return block.E("state", b.socketDir(), block.KindNone, err)
 	}
+	// The receiver writes to the sources until it is closed.
+	defer func() { err = errors.Join(err, b.closeHome(), b.closeSources()) }()
+	if err := b.openHome(); err != nil {
+		return err
+	}
 	if err := b.openSources(ctx); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, b.closeSources()) }()
+	// What was promised is in the sources before anybody reads them.
+	if err := b.home.receiver.Recover(ctx); err != nil {
+		return err
+	}
 	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", b.cfg.Listen)
 	if err != nil {
 		return block.E("listen", b.cfg.Listen, block.KindNone, err)
 	}
 	defer ln.Close()
 	b.addr = ln.Addr().String()
-	server, err := wire.NewServer(wire.ServerOptions{TLS: tlsConfig, Log: log, Node: b.cfg.Name, Lookup: b.lookup})
+	server, err := wire.NewServer(wire.ServerOptions{TLS: tlsConfig, Log: log, Node: b.cfg.Name, Lookup: b.lookup, Also: b.also()})
 	if err != nil {
 		return err
 	}
 	b.server = server
-	handler := serve.Handler(b, nil, version.String(), daemon.Metrics(b.Volumes))
+	handler := serve.Handler(b, nil, version.String(), daemon.Metrics(b.Volumes), b)
 	log.Info("backend serves", "listen", b.addr, "volumes", b.names, "version", version.String())
 	daemon.Ready(log, "serving on "+b.addr)
 	defer daemon.Stopping()
@@ -134,14 +149,21 @@ func (b *Backend) socketDir() string { return filepath.Join(b.cfg.StateDir, "sou
 func (b *Backend) openSources(ctx context.Context) error {
 	for _, v := range b.cfg.Volumes {
 		if b.open[v.Name] != nil {
-			return errors.Join(fmt.Errorf("volume %s is given twice", v.Name), b.closeSources())
+			return fmt.Errorf("volume %s is given twice", v.Name)
+		}
+		if b.home.receiver.Released(v.Name) {
+			b.open[v.Name] = &served{spec: v}
+			b.names = append(b.names, v.Name)
+			b.cfg.Log.Warn("the move of this volume was called off; its source is not opened (forerun discard forgets that)", "volume", v.Name)
+			continue
 		}
 		dev, err := source.Open(ctx, v.Source, source.Options{
 			Log:      b.cfg.Log.With("volume", v.Name),
 			StateDir: b.socketDir(),
+			ReadOnly: b.cfg.ReadOnly, WriteImages: !b.cfg.ReadOnly,
 		})
 		if err != nil {
-			return errors.Join(fmt.Errorf("volume %s: %w", v.Name, err), b.closeSources())
+			return fmt.Errorf("volume %s: %w", v.Name, err)
 		}
 		b.open[v.Name] = &served{spec: v, dev: block.NewChecked("source "+v.Name, dev)}
 		b.names = append(b.names, v.Name)
@@ -155,18 +177,24 @@ func (b *Backend) openSources(ctx context.Context) error {
 func (b *Backend) closeSources() error {
 	var errs []error
 	for _, s := range b.open {
-		errs = append(errs, s.dev.Close())
+		if s.dev != nil {
+			errs = append(errs, s.dev.Close())
+		}
 	}
 	return errors.Join(errs...)
 }
 
 func (b *Backend) lookup(volume string) (block.Device, int, error) {
-	s := b.open[volume]
-	if s == nil {
-		return nil, 0, block.E("open", volume, block.KindNotFound,
-			fmt.Errorf("this backend has no such volume; it has %s", strings.Join(b.names, ", ")))
+	dev, err := b.source(volume)
+	if name, clone, ok := writeback.ParseClone(volume); ok && b.open[volume] == nil {
+		dev, err = b.clone(name, clone)
 	}
-	return s.dev, b.cfg.ChunkBytes, nil
+	return dev, b.cfg.ChunkBytes, err
+}
+
+func (b *Backend) unknown(volume string) error {
+	return block.E("open", volume, block.KindNotFound,
+		fmt.Errorf("this backend has no such volume; it has %s", strings.Join(b.names, ", ")))
 }
 
 // Node is serve.Daemon.
@@ -188,16 +216,18 @@ func (b *Backend) Volumes() []api.Volume {
 func (b *Backend) Volume(name string) (api.Volume, error) {
 	s := b.open[name]
 	if s == nil {
-		_, _, err := b.lookup(name)
-		return api.Volume{}, err
+		return api.Volume{}, b.unknown(name)
 	}
 	return b.status(s), nil
 }
 
 func (b *Backend) status(s *served) api.Volume {
-	i := s.dev.Info()
+	var i block.Info
+	if s.dev != nil {
+		i = s.dev.Info()
+	}
 	st := b.server.Stats()
-	return api.Volume{
+	v := api.Volume{
 		Volume: s.spec.Name, Role: api.RoleBackend, Phase: api.PhaseServing, Primary: api.PrimarySource,
 		SizeBytes: i.Size, ChunkBytes: int64(b.cfg.ChunkBytes), Source: s.spec.Source, ReadOnly: i.ReadOnly,
 		Clients: st.Sessions,
@@ -205,4 +235,6 @@ func (b *Backend) status(s *served) api.Volume {
 			ReceivedBytes: st.ReceivedBytes, Connected: st.Sessions > 0},
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"},
 	}
+	b.pairStatus(s, &v)
+	return v
 }
