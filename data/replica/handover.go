@@ -1,0 +1,82 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"forerun/block"
+	"forerun/data/fence"
+)
+
+// Handover makes the other node primary, in a planned way: nothing is lost and
+// no call fails; calls wait for as long as two round trips take.
+// The volume stays there: it becomes the preferred node.
+func (v *Volume) Handover(ctx context.Context) error { return v.handOver(ctx, true) }
+
+func (v *Volume) handOver(ctx context.Context, prefer bool) error {
+	st := v.now.Load()
+	switch {
+	case v.solo || v.cfg.Peer == nil:
+		return v.fault("handover", block.KindUnsupported, "the volume has no other node; start both frontends with --peer and --arbiter")
+	case st.role == secondary:
+		return v.fault("handover", block.KindFenced, "this node is secondary already; the primary is %s", st.rec.Primary)
+	case st.role != primary || !st.open || st.ship == nil || !st.inSync:
+		return v.fault("handover", block.KindBusy, "the other node is not in sync; wait until status says that it is")
+	}
+	r, s := st.reign, st.ship
+	// So that little is left to be flushed by who takes over.
+	if again, err := v.leadFlush(ctx, r, block.Background); err != nil || again {
+		return err
+	}
+	c, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	err := v.gate.during(c, func() error { return v.leave(r, s, prefer) })
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return v.fault("handover", block.KindBusy, "the hand-over was called off: %w", err)
+	}
+	return err
+}
+
+// leave gives up the office; no write is under way. Once the arbiter was asked,
+// this node serves nothing until it knows the answer: the request may be carried
+// out at any time.
+func (v *Volume) leave(r *reign, s *session, prefer bool) error {
+	v.mu.Lock()
+	st := v.now.Load()
+	if st.reign != r || st.ship != s || !st.inSync || !st.open {
+		v.mu.Unlock()
+		return v.fault("handover", block.KindBusy, "the other node is not in sync any more")
+	}
+	v.reason = "handing over"
+	v.updateLocked(func(n *standing) { n.open, n.leaving = false, true })
+	v.mu.Unlock()
+	defer func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if st := v.now.Load(); st.reign == r {
+			v.reason = ""
+			v.updateLocked(func(n *standing) { n.leaving, n.open = false, r.free && n.settled })
+		}
+	}()
+	for {
+		c, cancel := context.WithTimeout(r.ctx, callTime)
+		rec, err := v.cfg.Fence.Handover(c, r.epoch, s.node, prefer)
+		cancel()
+		v.learn(event{kind: learned, rec: rec})
+		switch {
+		case r.ctx.Err() != nil && rec.Primary == s.node:
+			v.log.Info("replica: handed over", "to", s.node, "epoch", rec.Epoch)
+			if _, err := v.ask(v.base, typOffice, v.say()); err != nil {
+				v.log.Info("replica: the new primary will hear of it from the arbiter", "err", err)
+			}
+			return nil
+		case r.ctx.Err() != nil:
+			return nil
+		case fence.Decided(err) && !v.cfg.Fence.Doubt():
+			return err
+		}
+		v.setReason("handing over waits for the arbiter: %v", err)
+		nap(r.ctx, renewEvery)
+	}
+}
