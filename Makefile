@@ -7,7 +7,7 @@ LAB := bin/forerun-lab
 FUZZTIME ?= 60s
 UNIT := ./api/... ./block/... ./control/... ./daemon/... ./data/... ./disk/... ./internal/... ./lab/...
 
-.PHONY: help build setup test vet unit race e2e demo bench bench-boot bench-local crash long fuzz clean
+.PHONY: help build setup test vet unit race e2e demo bench bench-boot bench-local bench-pair crash pair long fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | column -t -s $$'\t'
@@ -38,7 +38,7 @@ e2e: build ## the daemons with real peers
 demo: setup build ## the main job: a Debian guest moves while it runs
 	$(LAB) demo
 
-bench: bench-local bench-boot ## all benchmarks
+bench: bench-local bench-boot bench-pair ## all benchmarks
 
 bench-boot: setup build ## time to ready and full copy, against qemu-nbd over the same link
 	$(LAB) bench-boot
@@ -50,6 +50,20 @@ crash: setup build ## kill -9 of backend, frontend and cut-over at seeded moment
 	$(LAB) crash --target backend --n 50
 	$(LAB) crash --target frontend --n 50
 	$(LAB) crash --target cutover --n 50
+
+pair: setup build ## two frontends: killed under PostgreSQL, destroyed, aborted, cloned, moved back
+	$(LAB) pair-pgbench
+	$(LAB) pair-failover
+	$(LAB) pair-both
+	$(LAB) pair-backend
+	$(LAB) pair-lost
+	$(LAB) pair-abort
+	$(LAB) pair-clone
+	$(LAB) pair-return
+
+bench-pair: setup build ## replicated writes against their floor, write-back against QEMU's mirror
+	$(LAB) bench-pair
+	$(LAB) bench-writeback
 
 long: setup build ## the end-to-end tests with 1 GiB in 64 TiB and a link cut for a minute
 	FORERUN_LONG=1 $(GO) test -count=1 -timeout 20m -v -run 'Huge|LinkCut' ./cmd/forerun

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"log/slog"
+	"os"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -62,10 +64,29 @@ func pairCmds(log *slog.Logger) []*cobra.Command {
 		})
 	abort.Flags().DurationVar(&ab.Write, "write", 0, "how long is written before, 0 for 15s")
 	abort.Flags().Int64Var(&ab.Rate, "rate", 0, "of the line in bytes a second, 0 for 4000000")
+	var wr pair.WriteOptions
+	write := campaign(log, "bench-pair", "Replicated 4 KiB writes against the floor: one round trip and one local append", 3,
+		func(ctx context.Context, o pair.Options, r *bench.Report) (err error) {
+			wr.Options = o
+			if wr.Lab, err = os.Executable(); err != nil {
+				return err
+			}
+			return pair.Write(ctx, wr, r)
+		})
+	write.Flags().DurationVar(&wr.Apart, "apart", 0, "round trip between the frontends, 0 for 1ms")
+	write.Flags().DurationVar(&wr.Each, "each", 0, "length of each job, 0 for 4s")
+	var li pair.LinkOptions
+	link := campaign(log, "bench-writeback", "Write-back over a slow line, beside QEMU's mirror", 2,
+		func(ctx context.Context, o pair.Options, r *bench.Report) error {
+			li.Options = o
+			return pair.Link(ctx, li, r)
+		})
+	link.Flags().DurationVar(&li.Each, "each", 0, "length of each job, 0 for 20s")
+	link.Flags().StringVar(&li.Only, "only", "", "one server only")
 	plain := func(name, short string, n int, f func(context.Context, pair.Options, pair.Report) error) *cobra.Command {
 		return campaign(log, name, short, n, func(ctx context.Context, o pair.Options, r *bench.Report) error { return f(ctx, o, r) })
 	}
-	return []*cobra.Command{pgbench, backend, lost, abort,
+	return []*cobra.Command{pgbench, backend, lost, abort, write, link,
 		plain("pair-failover", "Kill and freeze one frontend at a time under a verifying load behind the proxy", 20, pair.Failover),
 		plain("pair-both", "Kill both frontends at once under a verifying load with flushes", 20, pair.Both),
 		plain("pair-clone", "Write all over an isolated clone beside the real volume, and discard it", 2, pair.Clone),
@@ -73,5 +94,25 @@ func pairCmds(log *slog.Logger) []*cobra.Command {
 			func(ctx context.Context, o pair.Options, r pair.Report) error {
 				return pair.Back(ctx, pair.BackOptions{Options: o}, r)
 			}),
+		{
+			Use:    "floor-peer HOST:PORT",
+			Short:  "The far end of bench-pair's floor",
+			Hidden: true,
+			Args:   cobra.ExactArgs(1),
+			RunE:   func(cmd *cobra.Command, args []string) error { return pair.FloorPeer(cmd.Context(), args[0]) },
+		},
+		{
+			Use:    "floor SOCKET HOST:PORT FILE BYTES",
+			Short:  "The near end of bench-pair's floor",
+			Hidden: true,
+			Args:   cobra.ExactArgs(4),
+			RunE: func(cmd *cobra.Command, args []string) error {
+				size, err := strconv.ParseInt(args[3], 10, 64)
+				if err != nil {
+					return err
+				}
+				return pair.Floor(cmd.Context(), args[0], args[1], args[2], size)
+			},
+		},
 	}
 }

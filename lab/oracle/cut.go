@@ -14,7 +14,7 @@ type cutWrite struct {
 	v            *version
 	off, n       int64
 	begun, ended uint64 // ticks; ended 0 is not acknowledged
-	at           time.Time
+	from, at     time.Time
 }
 
 // past is what may be in one sector of the copy, oldest first. base says
@@ -42,8 +42,9 @@ type Cut struct {
 	// of theirs that are not, each sector once.
 	Missing      int64
 	MissingBytes int64
-	// Oldest is when the oldest missing one was acknowledged, zero for none.
-	Oldest time.Time
+	// Oldest is when the oldest missing one was acknowledged, zero for none;
+	// Newest when the newest one that is there began.
+	Oldest, Newest time.Time
 }
 
 // Covers says whether everything acknowledged by the tick is in the copy.
@@ -67,7 +68,7 @@ func (h *History) Tick() uint64 {
 
 func (l *cutLog) begin(v *version, off, n int64) *cutWrite {
 	l.tick++
-	w := &cutWrite{v: v, off: off, n: n, begun: l.tick}
+	w := &cutWrite{v: v, off: off, n: n, begun: l.tick, from: time.Now()}
 	for s := off / Sector; s < (off+n)/Sector; s++ {
 		p := l.sectors[s]
 		if p == nil {
@@ -225,6 +226,9 @@ func (j *cutJudge) verdict() (Cut, error) {
 		}
 	}
 	c := Cut{After: j.lo, Before: j.hi}
+	if j.last != nil {
+		c.Newest = j.last.from
+	}
 	j.h.cuts.floor = max(j.h.cuts.floor, j.lo)
 	missing := map[*cutWrite]struct{}{}
 	for s, k := range j.found {

@@ -198,13 +198,16 @@ func (d *fsDisk) judgeSource() (n int, err error) {
 		return 0, err
 	}
 	defer os.Remove(img)
-	if err := fsckClean(d.k.ctx, img); err != nil {
-		return 0, fmt.Errorf("the source of %s: %w", d.name, err)
-	}
 	m, err := MountFile(d.k.ctx, img)
 	if err != nil {
-		return 0, fmt.Errorf("the source of %s: %w", d.name, err)
+		return 0, fmt.Errorf("the source of %s cannot be mounted: %w", d.name, err)
 	}
 	n, err = lines(m.Dir)
-	return n, errors.Join(err, m.Close())
+	if err = errors.Join(err, m.Close()); err == nil {
+		err = fsck(d.k.ctx, img)
+	}
+	if err != nil {
+		return n, fmt.Errorf("the source of %s: %w", d.name, err)
+	}
+	return n, nil
 }

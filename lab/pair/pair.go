@@ -36,6 +36,8 @@ type Config struct {
 	// ports are fixed when a host is given.
 	AtBackend, AtA, AtB       rig.Command
 	HostBackend, HostA, HostB string
+	// Port is the first of the fixed ports, 0 is 7410.
+	Port int
 }
 
 // Pair is one backend, two frontends and a proxy.
@@ -123,9 +125,13 @@ func New(ctx context.Context, c Config) (p *Pair, err error) {
 	if err := p.pki(ctx); err != nil {
 		return nil, err
 	}
-	listen, err1 := addr(c.HostBackend, 7410)
-	atA, err2 := addr(c.HostA, 7421)
-	atB, err3 := addr(c.HostB, 7422)
+	port := c.Port
+	if port == 0 {
+		port = 7410
+	}
+	listen, err1 := addr(c.HostBackend, port)
+	atA, err2 := addr(c.HostA, port+1)
+	atB, err3 := addr(c.HostB, port+2)
 	if err := errors.Join(err1, err2, err3); err != nil {
 		return nil, err
 	}

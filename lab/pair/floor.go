@@ -1,0 +1,179 @@
+package pair
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+
+	"forerun/block"
+	"forerun/data/export/nbd"
+)
+
+// The floor under a replicated write: nothing but one round trip with the
+// bytes to the other node and one append to a file of this one. It keeps
+// nothing that could be read again, survives nothing, and encrypts nothing. It
+// is served by the same NBD server as the product's volumes, so that the
+// difference is what the product does.
+
+// floorHead is before the bytes of a write: number and length; the answer is the number.
+const floorHead = 12
+
+// FloorPeer answers writes that arrive on addr, until ctx ends.
+func FloorPeer(ctx context.Context, addr string) error {
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
+		go floorAnswer(c)
+	}
+}
+
+func floorAnswer(c net.Conn) {
+	defer c.Close()
+	in, out := bufio.NewReaderSize(c, 1<<20), bufio.NewWriterSize(c, 64<<10)
+	var head [floorHead]byte
+	p := make([]byte, 1<<20)
+	for {
+		if _, err := io.ReadFull(in, head[:]); err != nil {
+			return
+		}
+		n := binary.BigEndian.Uint32(head[8:])
+		if int(n) > len(p) {
+			return
+		}
+		if _, err := io.ReadFull(in, p[:n]); err != nil {
+			return
+		}
+		out.Write(head[:8])
+		// As many answers in one packet as there are questions here.
+		if in.Buffered() < floorHead {
+			if out.Flush() != nil {
+				return
+			}
+		}
+	}
+}
+
+// Floor serves a disk of size bytes, called vol, on the NBD socket, until ctx
+// ends. Its writes go to the peer at addr, and are appended to file.
+func Floor(ctx context.Context, socket, addr, file string, size int64) error {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	d := &floorDevice{conn: conn, file: f, size: size, waiting: map[uint64]chan struct{}{}}
+	go d.receive()
+	s := nbd.NewServer(nbd.Options{Exports: floorExports{d}, Log: slog.New(slog.DiscardHandler)})
+	ln, err := s.Listen("nbd+unix:///?socket=" + socket)
+	if err != nil {
+		return err
+	}
+	return s.Serve(ctx, ln)
+}
+
+type floorExports struct{ d *floorDevice }
+
+func (e floorExports) Lookup(string) (block.Device, string, error) { return e.d, "the floor", nil }
+func (e floorExports) List() []string                              { return []string{"vol"} }
+
+type floorDevice struct {
+	conn net.Conn
+	size int64
+
+	send sync.Mutex // one write at a time on the wire
+
+	mu      sync.Mutex
+	next    uint64
+	waiting map[uint64]chan struct{}
+	file    *os.File
+	end     int64 // of the file
+}
+
+func (d *floorDevice) receive() {
+	in := bufio.NewReader(d.conn)
+	var b [8]byte
+	for {
+		if _, err := io.ReadFull(in, b[:]); err != nil {
+			return
+		}
+		id := binary.BigEndian.Uint64(b[:])
+		d.mu.Lock()
+		c := d.waiting[id]
+		delete(d.waiting, id)
+		d.mu.Unlock()
+		if c != nil {
+			close(c)
+		}
+	}
+}
+
+func (d *floorDevice) Info() block.Info {
+	return block.Info{Size: d.size, BlockSize: 512, MaxIO: 1 << 20}
+}
+
+func (d *floorDevice) WriteAt(ctx context.Context, p []byte, _ int64, _ block.Flags) error {
+	answered := make(chan struct{})
+	d.mu.Lock()
+	d.next++
+	id := d.next
+	d.waiting[id] = answered
+	at := d.end
+	d.end = (d.end + int64(len(p))) % (1 << 30)
+	d.mu.Unlock()
+	head := make([]byte, floorHead)
+	binary.BigEndian.PutUint64(head, id)
+	binary.BigEndian.PutUint32(head[8:], uint32(len(p)))
+	d.send.Lock()
+	_, err := (&net.Buffers{head, p}).WriteTo(d.conn)
+	d.send.Unlock()
+	if err != nil {
+		return block.E("floor.write", "peer", block.KindUnavailable, err)
+	}
+	select {
+	case <-answered:
+	case <-ctx.Done():
+		return block.E("floor.write", "peer", block.KindUnavailable, ctx.Err())
+	}
+	if _, err := d.file.WriteAt(p, at); err != nil {
+		return block.E("floor.write", d.file.Name(), block.KindIO, err)
+	}
+	return nil
+}
+
+func (d *floorDevice) ReadAt(_ context.Context, p []byte, _ int64, _ block.Flags) error {
+	clear(p)
+	return nil
+}
+
+func (d *floorDevice) Zero(context.Context, int64, int64, block.Flags) error     { return errFloor }
+func (d *floorDevice) Trim(context.Context, int64, int64, block.Flags) error     { return errFloor }
+func (d *floorDevice) Flush(context.Context, block.Flags) error                  { return nil }
+func (d *floorDevice) Prefetch(context.Context, int64, int64, block.Flags) error { return nil }
+func (d *floorDevice) Close() error                                              { return nil }
+func (d *floorDevice) Extents(_ context.Context, dst []block.Extent, off, n int64, _ block.Flags) ([]block.Extent, error) {
+	return block.AppendExtent(dst, block.Extent{Off: off, Len: n, Kind: block.Data}), nil
+}
+
+var errFloor = block.E("floor", "vol", block.KindUnsupported, errors.New("only writes reach the floor"))
