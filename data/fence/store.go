@@ -36,7 +36,11 @@ func fileName(volume string) string {
 
 func encodeRecord(r Record) []byte {
 	b := append(fileMagic[:], make([]byte, fileHead-len(fileMagic))...)
-	b = appendRecord(appendString(b, r.Volume), r)
+	return seal(appendRecord(appendString(b, r.Volume), r))
+}
+
+// seal fills in length and checksum.
+func seal(b []byte) []byte {
 	binary.BigEndian.PutUint32(b[12:], uint32(len(b)))
 	binary.BigEndian.PutUint32(b[8:], crc32.Checksum(b[12:], castagnoli))
 	return b
