@@ -53,6 +53,9 @@ type Options struct {
 	Patience time.Duration
 	// Settle is how long a range whose change was repeated takes no other change: 250 ms.
 	Settle time.Duration
+	// Retry is the first pause before a target is opened again that failed or
+	// served for a moment only; it doubles, up to 25 times as much: 20 ms.
+	Retry time.Duration
 	// Log gets changes of state. Nil is silent.
 	Log *slog.Logger
 }
@@ -63,8 +66,7 @@ const (
 	tick        = 100 * time.Millisecond
 	maxPatience = time.Minute
 	hardPause   = 5 * time.Second
-	firstRetry  = 20 * time.Millisecond
-	lastRetry   = 500 * time.Millisecond
+	retryGrowth = 25
 	// steady is how long a target must have served to be opened again at once
 	// after it was lost.
 	steady = time.Second
@@ -85,6 +87,7 @@ func (o *Options) check() error {
 	def(&o.PingTimeout, time.Second)
 	def(&o.Patience, 2*time.Second)
 	def(&o.Settle, 250*time.Millisecond)
+	def(&o.Retry, 20*time.Millisecond)
 	if o.Depth <= 0 {
 		o.Depth = depth
 	}
@@ -173,7 +176,7 @@ func Open(ctx context.Context, o Options) (*Device, error) {
 
 // first opens any target.
 func (d *Device) first() (*door, error) {
-	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
+	for wait := d.opt.Retry; ; wait = d.slower(wait) {
 		if dr := d.race(0, -1); dr != nil {
 			return dr, nil
 		}
@@ -218,6 +221,11 @@ func (d *Device) why() error {
 		}
 	}
 	return errors.Join(all...)
+}
+
+// slower is the pause between tries after one of t.
+func (d *Device) slower(t time.Duration) time.Duration {
+	return min(max(2*t, d.opt.Retry), retryGrowth*d.opt.Retry)
 }
 
 // sleep waits, and says whether the device is still open.

@@ -19,13 +19,13 @@ import (
 
 func TestSuite(t *testing.T) {
 	blocktest.Test(t, func(t *testing.T) block.Device {
-		vol := blocktest.NewTwin(4<<20, 512)
+		vol := blocktest.NewTwin(1<<20, 512)
 		d, err := Open(ctx, Options{Targets: []Target{newServer("a", vol).target(), newServer("b", vol).target()}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return d
-	}, blocktest.Options{})
+	}, blocktest.Options{Ops: 120})
 }
 
 func TestSuiteReadOnly(t *testing.T) {
@@ -36,7 +36,7 @@ func TestSuiteReadOnly(t *testing.T) {
 			t.Fatal(err)
 		}
 		return d
-	}, blocktest.Options{})
+	}, blocktest.Options{Ops: 120})
 }
 
 // TestSuiteWhileTargetsDie kills the target in use again and again under the
@@ -44,14 +44,14 @@ func TestSuiteReadOnly(t *testing.T) {
 func TestSuiteWhileTargetsDie(t *testing.T) {
 	var moves atomic.Int64
 	blocktest.Test(t, func(t *testing.T) block.Device {
-		vol := blocktest.NewTwin(2<<20, 512)
+		vol := blocktest.NewTwin(512<<10, 512)
 		a, b := newServer("a", vol), newServer("b", vol)
 		for i, s := range []*server{a, b} {
 			rnd := rand.New(rand.NewPCG(7, uint64(i)))
 			var mu sync.Mutex
 			s.rule = func(c call, before bool) error {
 				mu.Lock()
-				dies := rnd.IntN(100) == 0
+				dies := rnd.IntN(150) == 0
 				mu.Unlock()
 				if !dies {
 					return nil
@@ -61,13 +61,13 @@ func TestSuiteWhileTargetsDie(t *testing.T) {
 				return block.E("fake", s.name, block.KindUnavailable, nil)
 			}
 		}
-		d, err := Open(ctx, Options{Targets: []Target{a.target(), b.target()}, Settle: time.Millisecond})
+		d, err := Open(ctx, Options{Targets: []Target{a.target(), b.target()}, Settle: time.Millisecond, Retry: 100 * time.Microsecond})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { moves.Add(d.Status().Moves) })
 		return d
-	}, blocktest.Options{Ops: 120})
+	}, blocktest.Options{Ops: 80})
 	if moves.Load() < 20 {
 		t.Errorf("only %d moves: the test did not test", moves.Load())
 	}

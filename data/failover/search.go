@@ -30,7 +30,7 @@ func (d *Device) left(dr *door, cause error) {
 	if time.Since(dr.opened) >= steady {
 		t.backoff = 0
 	} else {
-		t.backoff = min(max(2*t.backoff, firstRetry), lastRetry)
+		t.backoff = d.slower(t.backoff)
 	}
 	t.notBefore = time.Now().Add(t.backoff)
 	d.log.Warn("left a target; its calls go to the next one", "target", d.opt.Targets[dr.target].Name, "calls", d.waiting.Load(), "err", cause)
@@ -65,7 +65,7 @@ func (d *Device) shift(dr *door, cause error) bool {
 
 // search opens a target, however long it takes.
 func (d *Device) search(from int) {
-	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
+	for wait := d.opt.Retry; ; wait = d.slower(wait) {
 		if dr := d.race(from, -1); dr != nil {
 			d.install(dr)
 			return
@@ -210,7 +210,7 @@ func (d *Device) note(i int, p phase, err error) bool {
 	news := t.err == nil || err == nil || t.err.Error() != err.Error()
 	t.phase, t.err = p, err
 	if p == phaseFailed || p == phaseRefused {
-		t.backoff = min(max(2*t.backoff, firstRetry), lastRetry)
+		t.backoff = d.slower(t.backoff)
 		t.notBefore = time.Now().Add(t.backoff)
 	}
 	return news
