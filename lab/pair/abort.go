@@ -107,14 +107,14 @@ func (a *abortRun) drained(i int) error {
 	}
 	start := time.Now()
 	if _, err := p.Order(a.ctx, primary, "abort", d.name); err != nil {
-		return errors.Join(err, p.words())
+		return errors.Join(err, p.Words())
 	}
 	took := time.Since(start)
 	bar := 1.5*float64(s.Writeback.UnwrittenBytes)/float64(a.o.Rate) + 2
 	a.Measure("unwritten before the abort", float64(s.Writeback.UnwrittenBytes)/1e6, "MB")
 	a.AtMost("abort", took.Seconds(), bar, "s")
 	if err := d.judgeFile(d.source); err != nil {
-		return errors.Join(fmt.Errorf("the source after the abort is not the volume: %w", err), p.words())
+		return errors.Join(fmt.Errorf("the source after the abort is not the volume: %w", err), p.Words())
 	}
 	a.Check("the source is the volume byte for byte", true, "")
 	before, err := hash(d.source)
@@ -124,7 +124,7 @@ func (a *abortRun) drained(i int) error {
 	start = time.Now()
 	for _, n := range []*Node{primary, other} {
 		if _, err := p.Order(a.ctx, n, "abort", d.name); err != nil {
-			return errors.Join(fmt.Errorf("a second abort, at %s: %w", n.Name, err), p.words())
+			return errors.Join(fmt.Errorf("a second abort, at %s: %w", n.Name, err), p.Words())
 		}
 	}
 	a.AtMost("two more aborts, one at each frontend", time.Since(start).Seconds(), 4, "s")
@@ -202,7 +202,7 @@ func (a *abortRun) forced(i int) error {
 		return err
 	}
 	if _, err := p.Order(a.ctx, primary, "checkpoint", d.name); err != nil {
-		return errors.Join(err, p.words())
+		return errors.Join(err, p.Words())
 	}
 	at := d.hist.Tick()
 	d.work(load.Config{Pause: 10 * time.Millisecond})
@@ -211,12 +211,12 @@ func (a *abortRun) forced(i int) error {
 	defer a.line.Partition(false)
 	a.sleep(time.Second)
 	if err := d.rest(); err != nil {
-		return errors.Join(fmt.Errorf("while the line is cut: %w", err), p.words())
+		return errors.Join(fmt.Errorf("while the line is cut: %w", err), p.Words())
 	}
 	start := time.Now()
 	said, err := p.forceAbort(a.ctx, d.name)
 	if err != nil {
-		return errors.Join(err, p.words())
+		return errors.Join(err, p.Words())
 	}
 	a.AtMost("abort by force", time.Since(start).Seconds(), 2, "s")
 	c, err := d.judgeCut()
@@ -247,7 +247,7 @@ func (a *abortRun) forced(i int) error {
 	a.line.Partition(false)
 	a.sleep(5 * time.Second)
 	if err := a.unchanged(d, before); err != nil {
-		return errors.Join(fmt.Errorf("after the line was back: %w", err), p.words())
+		return errors.Join(fmt.Errorf("after the line was back: %w", err), p.Words())
 	}
 	a.Check("no frontend writes to a source that was given back", true, "")
 	d.leave()

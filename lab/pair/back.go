@@ -81,11 +81,11 @@ func (b *backRun) move(i int, what string, from, to netns.Site) error {
 	b.d.work(load.Config{Pause: 20 * time.Millisecond})
 	native := b.path(fmt.Sprintf("native%d.raw", i))
 	if _, err := p.Order(b.ctx, p.A, "cutover", b.d.name, "--to", native, "--wait"); err != nil {
-		return errors.Join(err, b.d.rest(), p.words())
+		return errors.Join(err, b.d.rest(), p.Words())
 	}
 	b.sleep(500 * time.Millisecond)
 	if err := b.d.rest(); err != nil {
-		return errors.Join(err, p.words())
+		return errors.Join(err, p.Words())
 	}
 	if err := b.d.judge("after the cut-over"); err != nil {
 		return err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -57,13 +56,13 @@ func Backend(ctx context.Context, o BackendOptions, r Report) (err error) {
 	b := backendRun{run: k, p: p, d: d, f: f, interval: o.Interval}
 	for i := range o.N {
 		if err := b.round(); err != nil {
-			return fmt.Errorf("round %d: %w", i+1, errors.Join(err, p.words()))
+			return fmt.Errorf("round %d: %w", i+1, errors.Join(err, p.Words()))
 		}
 		k.Say("round %d of %d: %s; %d writes acknowledged, the source lacks %d, list of %d lines",
 			i+1, o.N, b.hit, d.hist.Stats().Acked, b.missing, b.lines)
 	}
 	if err := b.finish(); err != nil {
-		return errors.Join(err, p.words())
+		return errors.Join(err, p.Words())
 	}
 	k.AtLeast("kills of the backend survived", float64(o.N), float64(o.N), "")
 	k.AtLeast("kills with a checkpoint stored and not wholly applied", float64(b.redone), float64(o.N)/2, "")
@@ -88,15 +87,9 @@ type backendRun struct {
 	behind  time.Duration // the most that a source was behind, at its backend's death
 }
 
-// stored are the checkpoints that lie at the backend and wait to be applied.
+// stored are the checkpoints that lie at the backend and are not wholly applied.
 func stored(n *Node) []string {
-	var found []string
-	filepath.WalkDir(filepath.Join(n.State, "writeback"), func(p string, e os.DirEntry, err error) error {
-		if err == nil && e.Type().IsRegular() {
-			found = append(found, filepath.Base(p))
-		}
-		return nil
-	})
+	found, _ := filepath.Glob(filepath.Join(n.State, "writeback", "*.ckpt"))
 	return found
 }
 
@@ -151,7 +144,7 @@ func (b *backendRun) round() error {
 	killed := time.Now()
 	b.p.Gate.Shut()
 	left := stored(b.p.Backend)
-	b.hit = fmt.Sprintf("killed with %d files", len(left))
+	b.hit = fmt.Sprintf("killed with %d checkpoints to be applied", len(left))
 	if len(left) > 0 {
 		b.redone++
 	}
@@ -222,7 +215,7 @@ func (b *backendRun) finish() error {
 			return err
 		}
 	}
-	if err := b.p.settled(b.ctx); err != nil {
+	if err := b.p.Settled(b.ctx); err != nil {
 		return err
 	}
 	if err := b.d.judgeFile(b.d.source); err != nil {
@@ -236,8 +229,8 @@ func (b *backendRun) finish() error {
 	return err
 }
 
-// settled waits until nothing stored is left to be applied.
-func (p *Pair) settled(ctx context.Context) error {
+// Settled waits until nothing stored is left to be applied.
+func (p *Pair) Settled(ctx context.Context) error {
 	for end := time.Now().Add(time.Minute); ; {
 		busy := false
 		for _, v := range p.Volumes {

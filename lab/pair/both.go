@@ -36,7 +36,7 @@ func Both(ctx context.Context, o Options, r Report) (err error) {
 		behind := i%2 == 1
 		took, err := k.bothOnce(p, d, behind)
 		if err != nil {
-			return fmt.Errorf("round %d: %w", i+1, errors.Join(err, p.words()))
+			return fmt.Errorf("round %d: %w", i+1, errors.Join(err, p.Words()))
 		}
 		back = max(back, took)
 		h := d.hist.Stats()

@@ -39,7 +39,7 @@ func Clone(ctx context.Context, o Options, r Report) (err error) {
 	for i := range o.N {
 		c := cloneRun{run: k, p: p, d: d}
 		if err := c.round(i + 1); err != nil {
-			return fmt.Errorf("clone %d: %w", i+1, errors.Join(err, p.words()))
+			return fmt.Errorf("clone %d: %w", i+1, errors.Join(err, p.Words()))
 		}
 	}
 	d.report()
@@ -147,7 +147,7 @@ func (c *cloneRun) checkpoint() error {
 	if _, err := c.p.Order(c.ctx, n, "checkpoint", c.d.name); err != nil {
 		return err
 	}
-	if err := c.p.settled(c.ctx); err != nil {
+	if err := c.p.Settled(c.ctx); err != nil {
 		return err
 	}
 	if err := c.d.judgeFile(c.d.source); err != nil {

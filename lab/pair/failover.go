@@ -46,7 +46,7 @@ func Failover(ctx context.Context, o Options, r Report) (err error) {
 		how := []string{killPrimary, killPrimary, killSecondary, freezePrimary, freezeSecondary}[k.rng.IntN(5)]
 		took, err := k.fail(p, d, how)
 		if err != nil {
-			return fmt.Errorf("round %d, %s: %w", i+1, how, errors.Join(err, p.words()))
+			return fmt.Errorf("round %d, %s: %w", i+1, how, errors.Join(err, p.Words()))
 		}
 		longest, resync = max(longest, d.stats.Longest), max(resync, took)
 		k.Say("round %d of %d: %s; longest request %.2f s, in sync again after %.1f s", i+1, o.N, how, d.stats.Longest.Seconds(), took.Seconds())
@@ -113,8 +113,8 @@ func (k *run) pair(c Config) (*Pair, error) {
 	return p, nil
 }
 
-// words are the last ones of all daemons, for an error.
-func (p *Pair) words() error {
+// Words are the last ones of all daemons, for an error.
+func (p *Pair) Words() error {
 	var errs []error
 	for _, n := range []*Node{p.Backend, p.A, p.B, p.Proxy} {
 		if n != nil && n.Proc != nil {

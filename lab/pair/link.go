@@ -188,10 +188,10 @@ func (l *linkRun) product(dir, policy string) (r linkResult, err error) {
 		if _, err := p.Order(l.ctx, primary, "checkpoint", "vol"); err != nil {
 			return err
 		}
-		return p.settled(l.ctx)
+		return p.Settled(l.ctx)
 	})
 	if err != nil {
-		return r, errors.Join(err, p.words())
+		return r, errors.Join(err, p.Words())
 	}
 	return r, p.Stop()
 }

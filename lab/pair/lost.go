@@ -80,7 +80,14 @@ func (l *lostRun) round(i int) error {
 	d.work(load.Config{Pause: 8 * time.Millisecond})
 	l.sleep(l.between(2*l.interval, 4*l.interval))
 	if err := d.failed(); err != nil {
-		return errors.Join(err, p.words())
+		return errors.Join(err, p.Words())
+	}
+	if i%2 == 0 {
+		// Whoever reports what is unwritten has the time to: then it is known exactly.
+		if err := d.rest(); err != nil {
+			return errors.Join(err, p.Words())
+		}
+		l.sleep(1500 * time.Millisecond)
 	}
 	primary, _, err := p.Primary(l.ctx, d.name)
 	if err != nil {
@@ -164,8 +171,8 @@ func (l *lostRun) given(p *Pair, d *disk, f *fsDisk, gone time.Time, said api.Vo
 	if c.Oldest.IsZero() {
 		lost = 0
 	}
-	l.Say("the source is %.2f s behind and lacks %d writes (%d bytes); stated were checkpoint %d of %s, %d bytes and %.2f s; status had said %d bytes unwritten, %.2f s; "+
-		"the list has %d of %d lines", lost.Seconds(), c.Missing, c.MissingBytes, a.LastID, a.LastCheckpoint, a.LostBytes, a.LostS,
+	l.Say("the source is %.2f s behind and lacks %d writes (%d bytes); stated were checkpoint %d of %s, %d bytes and %.2f s (%s); status had said %d bytes unwritten, %.2f s; "+
+		"the list has %d of %d lines", lost.Seconds(), c.Missing, c.MissingBytes, a.LastID, a.LastCheckpoint, a.LostBytes, a.LostS, a.Loss,
 		said.Writeback.UnwrittenBytes, said.Writeback.RPOS, n, had)
 	return nil
 }

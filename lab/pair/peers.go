@@ -2,6 +2,7 @@ package pair
 
 import (
 	"context"
+	"path/filepath"
 
 	"forerun/lab/rig"
 )
@@ -15,7 +16,7 @@ func (k *run) peerAt(at rig.Command, name string, args ...string) (*rig.Proc, er
 	if at == nil {
 		at = rig.Local
 	}
-	p, err := rig.Launch(at(context.WithoutCancel(k.ctx), name, args...), name, k.path(name+".log"))
+	p, err := rig.Launch(at(context.WithoutCancel(k.ctx), name, args...), filepath.Base(name), k.path(filepath.Base(name)+".log"))
 	if err != nil {
 		return nil, err
 	}

@@ -231,7 +231,7 @@ func (b *bankRun) replicated() error {
 		return b.ctx.Err()
 	})
 	if err != nil {
-		return errors.Join(err, p.words())
+		return errors.Join(err, p.Words())
 	}
 	b.AtLeast("kills survived", float64(b.N), float64(b.N), "")
 	b.Measure("longest time until both were in sync again", sync.Seconds(), "s")

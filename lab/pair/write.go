@@ -95,7 +95,7 @@ func (w *writeRun) measure() error {
 				f, err := fioWrite(w.ctx, s.uri, "4k", depth, fmt.Sprintf("--size=%d", writeDisk), "--norandommap", "--randrepeat=0",
 					"--time_based", "--runtime="+seconds(w.o.Each), "--ramp_time=1")
 				if err != nil {
-					return errors.Join(fmt.Errorf("%s: %w", s.name, err), p.words())
+					return errors.Join(fmt.Errorf("%s: %w", s.name, err), p.Words())
 				}
 				key := fmt.Sprintf("%s, depth %d", s.name, depth)
 				w.got[key] = append(w.got[key], f)
