@@ -630,6 +630,11 @@ func TestHoldsAndReader(t *testing.T) {
 		t.Fatalf("%+v", s)
 	}
 	j.Close()
+	for _, err := range []error{j.Hold("replica", from), j.Release("replica")} {
+		if block.KindOf(err) != block.KindClosed {
+			t.Fatal(err)
+		}
+	}
 }
 
 var update = flag.Bool("update", false, "write the golden files")

@@ -17,6 +17,10 @@ import (
 // of MaxBytes, or when its segments could not be synced: then a Reader answers
 // KindNotFound and the copy that needed it must be made anew.
 func (j *Journal) Hold(name string, pos Position) error {
+	if err := j.enter("hold"); err != nil {
+		return err
+	}
+	defer j.life.RUnlock()
 	j.ckpt.Lock() // no segment goes meanwhile
 	defer j.ckpt.Unlock()
 	j.mu.Lock()
@@ -55,6 +59,10 @@ func (j *Journal) Appended() int64 {
 
 // Release ends a hold. A name that is not held is no error.
 func (j *Journal) Release(name string) error {
+	if err := j.enter("release"); err != nil {
+		return err
+	}
+	defer j.life.RUnlock()
 	j.ckpt.Lock()
 	defer j.ckpt.Unlock()
 	j.mu.Lock()
