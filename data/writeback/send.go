@@ -31,7 +31,7 @@ type sender struct {
 
 	plain, sent atomic.Int64
 
-	dial sync.Mutex // one renewal of the handle at a time
+	dial chan struct{} // one place: one renewal of the handle at a time
 
 	mu      sync.Mutex
 	handle  uint64
@@ -40,7 +40,8 @@ type sender struct {
 }
 
 func (s *Shipper) newSender(ctx context.Context, c *cut) *sender {
-	d := &sender{s: s, cut: c, slots: make(chan struct{}, inFlight), digest: newDigest(), unacked: map[uint32]bool{}}
+	d := &sender{s: s, cut: c, slots: make(chan struct{}, inFlight), digest: newDigest(), unacked: map[uint32]bool{},
+		dial: make(chan struct{}, 1)}
 	d.ctx, d.cancel = context.WithCancelCause(ctx)
 	return d
 }
@@ -92,8 +93,12 @@ func again(err error) error {
 // renew begins again after the connection, or the backend, was lost: pieces
 // that were acknowledged must still be there.
 func (d *sender) renew(life int) error {
-	d.dial.Lock()
-	defer d.dial.Unlock()
+	select {
+	case d.dial <- struct{}{}:
+	case <-d.ctx.Done():
+		return d.broken()
+	}
+	defer func() { <-d.dial }()
 	d.mu.Lock()
 	newer := d.life != life
 	d.mu.Unlock()
