@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"forerun/daemon"
 	"forerun/daemon/backend"
 	"forerun/daemon/frontend"
+	"forerun/data/replica"
 	"forerun/internal/chunk"
 
 	"github.com/spf13/cobra"
@@ -88,8 +90,10 @@ func backendCommand() *cobra.Command {
 
 func frontendCommand() *cobra.Command {
 	var (
-		cfg  frontend.Config
-		logs logFlags
+		cfg    frontend.Config
+		logs   logFlags
+		onLoss string
+		groups []string
 	)
 	cmd := &cobra.Command{
 		Use:   "frontend --pki DIR --name NAME --state DIR --backend HOST:PORT --volume NAME … --export URI …",
@@ -101,6 +105,17 @@ func frontendCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if cfg.Log, err = logs.logger(); err != nil {
 				return err
+			}
+			if cfg.OnPeerLoss, err = replica.ParsePolicy(onLoss); err != nil {
+				return err
+			}
+			cfg.Groups = map[string][]string{}
+			for _, g := range groups {
+				name, vols, err := frontend.ParseGroup(g)
+				if err != nil {
+					return err
+				}
+				cfg.Groups[name] = vols
 			}
 			fe, err := frontend.New(cfg)
 			if err != nil {
@@ -121,6 +136,17 @@ func frontendCommand() *cobra.Command {
 	f.IntVar(&cfg.BackgroundConns, "background-connections", 0, "connections for the background; 0 for the default")
 	f.BoolVar(&cfg.FillPaused, "fill-paused", false, "begin with the background transfer paused")
 	f.Int64Var(&cfg.FillLimit, "fill-limit", 0, "limit of the background transfer, bytes a second on the link; 0 for none")
+	f.StringVar(&cfg.Peer, "peer", "", "HOST:PORT of the other frontend, which holds every write too")
+	f.StringVar(&cfg.PeerListen, "peer-listen", "", "HOST:PORT where the other frontend finds this one")
+	f.StringVar(&cfg.Zone, "zone", "", "where this node stands, for status; its peer should stand elsewhere")
+	f.StringVar(&cfg.Arbiter, "arbiter", "", "HOST:PORT of the backend that decides which frontend is primary; default that of --backend")
+	f.StringVar(&onLoss, "on-peer-loss", "degrade", "degrade: writes go on, each synced before it is acknowledged; wait: they wait for the peer")
+	f.DurationVar(&cfg.FailBackAfter, "failback-after", 30*time.Second, "give a volume back to its preferred node once that was in sync for so long; 0 for never")
+	f.BoolVar(&cfg.Isolated, "isolated", false, "run test clones: the volumes as they are now; nothing goes back, forerun discard removes them")
+	f.StringVar(&cfg.Policy, "policy", "", "write-back or isolated, for volumes that are new; default write-back where the source can be written")
+	f.DurationVar(&cfg.CheckpointInterval, "checkpoint-interval", 10*time.Second, "longest time between checkpoints at the source while there are writes")
+	f.Int64Var(&cfg.CheckpointBytes, "checkpoint-bytes", 64<<20, "bytes of writes that make a checkpoint earlier")
+	f.StringArrayVar(&groups, "group", nil, "NAME=VOLUME,VOLUME: disks of one workload, whose checkpoints are one moment; the others are one group together; may be given again")
 	f.BoolVar(&cfg.VerifyClients, "verify-clients", true, "nbds: ask clients for a certificate of the same CA")
 	logs.add(cmd)
 	required(cmd, "pki", "name", "state", "backend", "volume", "export")

@@ -7,7 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
+	"time"
+
+	"forerun/api"
+	"forerun/data/replica"
 )
 
 // Defaults of Config, in bytes.
@@ -36,7 +41,77 @@ type Config struct {
 	FillLimit int64
 	// VerifyClients makes nbds listeners ask clients for a certificate of the same CA.
 	VerifyClients bool
-	Log           *slog.Logger
+
+	// Peer is the other frontend's HOST:PORT, empty for a node alone; PeerListen
+	// is where it finds this one. Zone says where this one stands.
+	Peer, PeerListen, Zone string
+	// Arbiter decides which of the two is primary: a backend, by default Backend.
+	Arbiter string
+	// OnPeerLoss is what writes do while the peer is away.
+	OnPeerLoss replica.Policy
+	// FailBackAfter is how long the preferred node is in sync before it gets its
+	// volumes back, 0 for never.
+	FailBackAfter time.Duration
+	// Isolated makes test clones: the volumes as they are now, whatever becomes
+	// of the source; nothing goes back.
+	Isolated bool
+	// Policy is api.PolicyWriteBack or api.PolicyIsolated for volumes that have
+	// none yet; empty: write-back where the source can be written.
+	Policy string
+	// A checkpoint is made every CheckpointInterval, or after CheckpointBytes of
+	// writes; 0 for the defaults.
+	CheckpointInterval time.Duration
+	CheckpointBytes    int64
+	// Groups are the consistency groups by name; what is in none is in one together.
+	Groups map[string][]string
+
+	Log *slog.Logger
+}
+
+// ParseGroup reads NAME=VOLUME,VOLUME.
+func ParseGroup(s string) (name string, volumes []string, err error) {
+	name, list, ok := strings.Cut(s, "=")
+	volumes = strings.Split(list, ",")
+	if !ok || name == "" || slices.Contains(volumes, "") {
+		return "", nil, fmt.Errorf("--group %q is not NAME=VOLUME,VOLUME; example: db=data,log", s)
+	}
+	return name, volumes, nil
+}
+
+func (c *Config) checkPair() error {
+	if (c.Peer == "") != (c.PeerListen == "") {
+		return errors.New("--peer and --peer-listen belong together: where the other frontend is, and where it finds this one")
+	}
+	if c.Arbiter == "" {
+		c.Arbiter = c.Backend
+	}
+	if c.Isolated {
+		if c.Policy == api.PolicyWriteBack {
+			return errors.New("--isolated makes test clones, whose changes never go back: --policy write-back contradicts it")
+		}
+		if c.Peer != "" {
+			return errors.New("a test clone lives on one frontend: leave out --peer, or --isolated")
+		}
+		c.Policy = api.PolicyIsolated
+	}
+	switch c.Policy {
+	case "", api.PolicyWriteBack, api.PolicyIsolated:
+	default:
+		return fmt.Errorf("--policy %q is not known: write-back or isolated", c.Policy)
+	}
+	seen := map[string]bool{}
+	for name, vols := range c.Groups {
+		for _, v := range vols {
+			if !slices.Contains(c.Volumes, v) {
+				return fmt.Errorf("--group %s: there is no volume %s here; say --volume %s too", name, v, v)
+			}
+			if seen[v] {
+				return fmt.Errorf("--group: volume %s is in two groups", v)
+			}
+			seen[v] = true
+		}
+	}
+	return nil
 }
 
 func (c *Config) check() error {
@@ -55,6 +130,12 @@ func (c *Config) check() error {
 	}
 	if len(c.Exports) == 0 {
 		return errors.New("no export is given; say --export 'nbd+unix:///?socket=/run/forerun.sock' or --export nbds://0.0.0.0:10809")
+	}
+	if err := c.checkPair(); err != nil {
+		return err
+	}
+	if c.FailBackAfter < 0 || c.CheckpointInterval < 0 || c.CheckpointBytes < 0 {
+		return errors.New("intervals and sizes of checkpoints cannot be negative")
 	}
 	if c.MemoryBytes < 0 || c.ScratchBytes < 0 || c.FillLimit < 0 || c.BackgroundConns < 0 {
 		return errors.New("sizes, limits and numbers of connections cannot be negative")

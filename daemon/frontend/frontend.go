@@ -22,6 +22,7 @@ import (
 	"forerun/data/stack"
 	"forerun/data/store"
 	"forerun/data/wire"
+	"forerun/data/writeback"
 	"forerun/disk"
 	"forerun/internal/pki"
 	"forerun/internal/version"
@@ -45,6 +46,14 @@ type Frontend struct {
 	uris    []string                 // guarded by mu: what is listened on
 
 	rates rates
+
+	pair     pair
+	base     context.Context               // of what Run started
+	work     sync.WaitGroup                // aborts under way
+	peerIsUp bool                          // guarded by mu
+	shippers map[string]*writeback.Shipper // guarded by mu: by volume
+	aborts   map[string]*abort             // guarded by mu
+	over     map[string]string             // guarded by mu: volumes that have ended, and how
 }
 
 // New checks cfg and returns the daemon, which has done nothing yet.
@@ -58,7 +67,8 @@ func New(cfg Config) (*Frontend, error) {
 		return nil, err
 	}
 	cfg.StateDir = dir
-	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{}}, nil
+	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{},
+		shippers: map[string]*writeback.Shipper{}, aborts: map[string]*abort{}, over: map[string]string{}}, nil
 }
 
 // Run serves until ctx ends, then closes everything in order: exports, then
@@ -81,6 +91,9 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := f.openPair(); err != nil {
+		return err
+	}
 	if f.store, err = store.Open(f.fs, filepath.Join(f.cfg.StateDir, "store"), store.Options{Log: f.log}); err != nil {
 		return err
 	}
@@ -92,12 +105,17 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 	defer f.hangUp()
 	defer func() { err = errors.Join(err, f.closeVolumes()) }()
 
-	handler := serve.Handler(f, f, version.String(), daemon.Metrics(f.Volumes))
+	base, cancel := context.WithCancel(ctx)
+	f.base = base
+	defer func() { cancel(); f.work.Wait() }()
+
+	handler := serve.Handler(f, f, version.String(), daemon.Metrics(f.Volumes), f)
 	f.log.Info("frontend starts", "backend", f.cfg.Backend, "volumes", f.cfg.Volumes, "version", version.String())
 	defer daemon.Stopping()
 	return daemon.Tree(ctx,
 		func(ctx context.Context) error { return serve.Run(ctx, f.cfg.StateDir, handler) },
 		func(ctx context.Context) error { return f.serve(ctx, clientTLS) },
+		f.runPair,
 	)
 }
 
@@ -122,6 +140,17 @@ func near(dev block.Device, off, n int64) bool {
 // connect finds its disk.
 func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 	for _, name := range f.cfg.Volumes {
+		phase, err := stack.Ended(f.fs, f.volumeDir(name))
+		if err != nil {
+			return fmt.Errorf("volume %s: %w", name, err)
+		}
+		if phase != "" {
+			f.log.Warn("this volume is over and is not opened; for another move of it, take another --state", "volume", name, "phase", phase)
+			f.mu.Lock()
+			f.over[name] = phase
+			f.mu.Unlock()
+			continue
+		}
 		meta, err := stack.ReadMeta(f.fs, f.volumeDir(name))
 		if block.KindOf(err) == block.KindNotFound {
 			continue
@@ -135,7 +164,7 @@ func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 	}
 	if f.allOpen() {
 		// A restart: what is held is served even if the backend is away.
-		return daemon.Tree(ctx, f.exports, func(ctx context.Context) error { return f.connect(ctx, clientTLS, nil) })
+		return daemon.Tree(ctx, f.exports, f.ship, func(ctx context.Context) error { return f.connect(ctx, clientTLS, nil) })
 	}
 	opened := make(chan struct{})
 	return daemon.Tree(ctx,
@@ -143,7 +172,7 @@ func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 		func(ctx context.Context) error {
 			select {
 			case <-opened:
-				return f.exports(ctx)
+				return daemon.Tree(ctx, f.exports, f.ship)
 			case <-ctx.Done():
 				return nil
 			}
@@ -153,28 +182,34 @@ func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 func (f *Frontend) allOpen() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.volumes) == len(f.cfg.Volumes)
+	return len(f.volumes)+len(f.over) == len(f.cfg.Volumes)
 }
 
 func (f *Frontend) volumeDir(name string) string {
-	return filepath.Join(f.cfg.StateDir, "volumes", url.PathEscape(name))
+	return filepath.Join(f.cfg.StateDir, "volumes", pathName(name))
 }
+
+// pathName is a volume's name as that of a file.
+func pathName(name string) string { return url.PathEscape(name) }
 
 func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 	log := f.log.With("volume", meta.Volume)
 	v, err := stack.Open(ctx, meta, stack.Options{
 		FS: f.fs, Dir: f.volumeDir(meta.Volume),
-		ScratchDir: filepath.Join(f.cfg.StateDir, "scratch", url.PathEscape(meta.Volume)),
+		ScratchDir: f.scratchDir(meta.Volume),
 		Store:      f.store, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
 		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit,
 		Reserved: []string{f.cfg.StateDir}, OnSwitched: f.switched, Log: log,
+		Pair: f.stackPair(meta.Volume), Isolated: f.cfg.Policy == api.PolicyIsolated,
 	})
 	if err != nil {
 		return err
 	}
 	f.mu.Lock()
 	f.volumes[meta.Volume] = v
+	v.SetPeerUp(f.peerIsUp)
 	f.mu.Unlock()
+	f.pair.mux.Add(v.Replica())
 	log.Info("volume is open", "size", meta.SizeBytes, "chunk", meta.ChunkBytes, "primary", v.Status().Primary)
 	return nil
 }
@@ -193,6 +228,9 @@ func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, opened ch
 		return err
 	}
 	for _, name := range f.cfg.Volumes {
+		if f.ended(name) != "" {
+			continue
+		}
 		err := f.attach(ctx, client, name)
 		for err != nil && ctx.Err() == nil && opened == nil {
 			// The workload runs already, on what is here: that goes on.
@@ -296,9 +334,16 @@ func (f *Frontend) attach(ctx context.Context, client *wire.Client, name string)
 	if v != nil && v.Switched() {
 		return nil
 	}
-	remote, err := client.Open(ctx, name)
+	asked := name
+	if f.cfg.Isolated {
+		asked = name + "@" + f.cfg.Name // as it is now, whatever becomes of the source
+	}
+	remote, err := client.Open(ctx, asked)
 	if err != nil {
 		return err
+	}
+	if remote.SourceReadOnly() && f.cfg.Policy == api.PolicyWriteBack {
+		return block.E("policy", name, block.KindReadOnly, errors.New("the source cannot be written, so nothing can be written back to it; say --policy isolated"))
 	}
 	if v == nil {
 		meta, err := stack.Create(f.fs, f.volumeDir(name), name, remote)
@@ -360,6 +405,9 @@ func (f *Frontend) Lookup(name string) (block.Device, string, error) {
 	}
 	v := f.volume(name)
 	if v == nil {
+		if phase := f.ended(name); phase != "" {
+			return nil, "", block.E("export", name, block.KindNotFound, fmt.Errorf("the volume is over (%s)", phase))
+		}
 		if slices.Contains(f.cfg.Volumes, name) {
 			return nil, "", block.E("export", name, block.KindUnavailable, errors.New("the volume is not open yet"))
 		}
@@ -378,5 +426,13 @@ func (f *Frontend) Node() api.Node {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return api.Node{Name: f.cfg.Name, Role: api.RoleFrontend, Version: version.String(),
-		UptimeS: int64(time.Since(f.started).Seconds()), Backend: f.cfg.Backend, Exports: f.uris}
+		UptimeS: int64(time.Since(f.started).Seconds()), Backend: f.cfg.Backend, Exports: f.uris,
+		Peer: f.cfg.Peer, Zone: f.cfg.Zone, Arbiter: f.arbiterAddr()}
+}
+
+func (f *Frontend) arbiterAddr() string {
+	if f.cfg.Peer == "" {
+		return ""
+	}
+	return f.cfg.Arbiter
 }

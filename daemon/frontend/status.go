@@ -84,6 +84,7 @@ func (f *Frontend) status(name string) api.Volume {
 			s.Waiting = problem
 		}
 	}
+	f.pairStatus(name, v, &s)
 	st := f.store.Stats()
 	s.StoreBytes = st.DiskBytes + st.MapBytes
 	s.Store = api.Store{Chunks: st.Chunks, PlainBytes: st.PlainBytes, Packs: int64(st.Packs), Corrupt: st.Corrupt}
@@ -94,6 +95,9 @@ func (f *Frontend) status(name string) api.Volume {
 func (f *Frontend) opened(name string) (*stack.Volume, error) {
 	if v := f.volume(name); v != nil {
 		return v, nil
+	}
+	if phase := f.ended(name); phase != "" {
+		return nil, block.E("volume", name, block.KindClosed, fmt.Errorf("the volume is over (%s)", phase))
 	}
 	if _, err := f.Volume(name); err != nil {
 		return nil, err
@@ -122,6 +126,9 @@ func (f *Frontend) Fill(_ context.Context, name string, req api.FillRequest) err
 func (f *Frontend) Cutover(_ context.Context, name string, req api.CutoverRequest) error {
 	v, err := f.opened(name)
 	if err != nil {
+		return err
+	}
+	if err := primaryHere("cutover", v); err != nil {
 		return err
 	}
 	return v.StartCutover(stack.CutoverOptions{Target: req.To, Threshold: req.ThresholdBytes, Wait: req.Wait, Force: req.Force})

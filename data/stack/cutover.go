@@ -218,12 +218,24 @@ func (v *Volume) PauseFill(pause bool) error {
 	if err := v.hasFill(); err != nil {
 		return err
 	}
-	if pause {
+	v.fillMu.Lock()
+	defer v.fillMu.Unlock()
+	v.paused = pause
+	v.applyFill()
+	return nil
+}
+
+// applyFill pauses or resumes the pump as the user and the pair want it.
+// fillMu is held.
+func (v *Volume) applyFill() {
+	if v.source == nil {
+		return
+	}
+	if v.paused || v.standby {
 		v.source.pump.Pause()
 	} else {
 		v.source.pump.Resume()
 	}
-	return nil
 }
 
 // LimitFill bounds the background transfer in bytes a second on the link, 0 for none.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"path"
 
 	"forerun/block"
@@ -22,6 +21,8 @@ type Meta struct {
 	BlockBytes int    `json:"block_bytes"`
 	ChunkBytes int    `json:"chunk_bytes"`
 	SourceID   string `json:"source_id"`
+	// ReadOnly: the source cannot be written, nothing goes back to it.
+	ReadOnly bool `json:"read_only,omitempty"`
 	// CRC is CRC32C over the JSON of the other fields.
 	CRC uint32 `json:"crc32c"`
 }
@@ -46,18 +47,12 @@ func (m Meta) sum() uint32 {
 func ReadMeta(fs disk.FS, dir string) (Meta, error) {
 	const op = "stack.meta"
 	name := path.Join(dir, metaName)
-	f, err := fs.Open(name, disk.Read)
+	b, err := readSmall(fs, name)
 	if err != nil {
 		return Meta{}, block.E(op, name, block.KindNone, err)
 	}
-	defer f.Close()
-	b := make([]byte, metaMax)
-	n, err := f.ReadAt(b, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return Meta{}, block.E(op, name, block.KindNone, err)
-	}
 	var m Meta
-	if err := json.Unmarshal(b[:n], &m); err != nil {
+	if err := json.Unmarshal(b, &m); err != nil {
 		return Meta{}, block.E(op, name, block.KindCorrupt, err)
 	}
 	if m.Version != metaVersion {
@@ -82,21 +77,7 @@ func writeMeta(fs disk.FS, dir string, m Meta) error {
 	if err != nil {
 		return block.E(op, name, block.KindInvalid, err)
 	}
-	f, err := fs.Open(name+".new", disk.Write|disk.Create|disk.Trunc)
-	if err != nil {
-		return block.E(op, name, block.KindNone, err)
-	}
-	_, err = f.WriteAt(append(b, '\n'), 0)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = fs.Rename(name+".new", name)
-	}
-	if err == nil {
-		err = fs.SyncDir(dir)
-	}
-	if err == nil {
+	if err = publish(fs, dir, metaName, append(b, '\n')); err == nil {
 		err = fs.SyncDir(path.Dir(dir))
 	}
 	if err != nil {

@@ -15,6 +15,7 @@ func (v *Volume) Status() api.Volume {
 		Fill:    api.Fill{State: string(fill.Stopped), ETAS: -1},
 		Cutover: v.cutoverStatus(),
 	}
+	s.Replica = v.replicaStatus()
 	src := v.source
 	if v.Switched() || src == nil {
 		s.Source = ""

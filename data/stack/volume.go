@@ -15,10 +15,12 @@ import (
 	"forerun/data/converge"
 	"forerun/data/fill"
 	"forerun/data/journal"
+	"forerun/data/replica"
 	"forerun/data/sched"
 	"forerun/data/store"
 	"forerun/data/volume"
 	"forerun/data/wire"
+	"forerun/data/writeback"
 	"forerun/disk"
 )
 
@@ -38,17 +40,32 @@ type Options struct {
 	// OnSwitched is called, if set, when the native target has become primary
 	// and the source side has been closed.
 	OnSwitched func()
-	Log        *slog.Logger
+	// Pair keeps the volume at two frontends; nil at one.
+	Pair *Pair
+	// Isolated begins with changes staying here.
+	Isolated bool
+	Log      *slog.Logger
 }
 
 // Volume is one volume of a frontend: its stack of devices and what runs
 // beside them. It is the block.Device that exports serve.
 type Volume struct {
-	*block.Checked // over the Switch
+	*block.Checked // over the door
 
 	meta Meta
 	opts Options
 	sw   *converge.Switch
+	rep  *replica.Volume
+
+	exact    bool        // the journal names everything that was written here
+	isolated atomic.Bool // changes stay here
+	shut     atomic.Bool // clients are refused
+	stopRep  context.CancelFunc
+	group    sync.WaitGroup // the replica's Run
+
+	fillMu  sync.Mutex
+	paused  bool // guarded by fillMu: by the user
+	standby bool // guarded by fillMu: another node fills
 
 	// source is the source side of the switch, nil when the volume opened on
 	// its target.
@@ -108,7 +125,8 @@ func (m Meta) checkChange(r *wire.Remote) error {
 // Create describes a volume for the first time, from what the source says.
 func Create(fs disk.FS, dir, name string, r *wire.Remote) (Meta, error) {
 	i := r.Info()
-	m := Meta{Volume: name, SizeBytes: i.Size, BlockBytes: i.BlockSize, ChunkBytes: r.ChunkBytes(), SourceID: i.ID}
+	m := Meta{Volume: name, SizeBytes: i.Size, BlockBytes: i.BlockSize, ChunkBytes: r.ChunkBytes(), SourceID: i.ID,
+		ReadOnly: r.SourceReadOnly()}
 	return m, writeMeta(fs, dir, m)
 }
 
@@ -119,7 +137,17 @@ func Open(ctx context.Context, m Meta, o Options) (*Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := &Volume{meta: m, opts: o}
+	v := &Volume{meta: m, opts: o, paused: o.FillPaused}
+	if err := v.loadPolicy(); err != nil {
+		return nil, err
+	}
+	fresh := false
+	if _, err := o.FS.Stat(path.Join(o.Dir, journalDir)); block.KindOf(err) == block.KindNotFound {
+		fresh = true
+	}
+	if v.exact, err = sameBoot(o.FS, o.Dir, fresh); err != nil {
+		return nil, err
+	}
 	var side block.Device
 	if plan.OnTarget() {
 		if side, err = openTarget(ctx, plan.Target, m.SizeBytes, false); err != nil {
@@ -132,13 +160,29 @@ func Open(ctx context.Context, m Meta, o Options) (*Volume, error) {
 		side = v.source
 	}
 	v.sw = converge.NewSwitch(side)
-	v.Checked = block.NewChecked("volume "+m.Volume, v.sw)
+	if v.source != nil {
+		err = writeback.Prepare(v.source.journal, v.exact)
+	}
+	if err == nil {
+		err = v.openReplica(v.exact)
+	}
+	if err != nil {
+		return nil, errors.Join(err, v.sw.Close())
+	}
+	v.Checked = block.NewChecked("volume "+m.Volume, door{v.rep, v.shutWhy})
 	if err := v.openCutover(plan); err != nil {
 		return nil, errors.Join(err, v.Close())
 	}
 	if v.source != nil {
 		v.source.start()
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	v.stopRep = cancel
+	v.group.Go(func() {
+		if err := v.rep.Run(ctx); err != nil {
+			o.Log.Error("the replica has ended", "err", err)
+		}
+	})
 	return v, nil
 }
 
@@ -254,6 +298,10 @@ func (v *Volume) Close() error {
 	v.stopCutover()
 	if v.source != nil {
 		v.source.stop() // readers that wait for the link are told, and let the gate drain
+	}
+	if v.stopRep != nil {
+		v.stopRep()
+		v.group.Wait()
 	}
 	var err error
 	if v.Checked != nil {

@@ -24,6 +24,7 @@ type Remote struct {
 	v       volumeInfo
 	opened  chan struct{}
 	isOpen  bool // opened is closed
+	fixed   bool // the source cannot be written
 	err     error
 	own     owner
 	wanted  map[int64]*entry
@@ -125,6 +126,7 @@ func (l *link) volume(h header, p []byte) error {
 		return nil
 	}
 	if !r.isOpen {
+		r.fixed = v.info.ReadOnly
 		v.info.ReadOnly, v.info.CanTrim = true, false
 		r.v, r.isOpen = v, true
 		close(r.opened)
@@ -217,6 +219,10 @@ func (r *Remote) Info() block.Info {
 	}
 	return i
 }
+
+// SourceReadOnly says that the source itself cannot be written, so that nothing
+// can go back to it.
+func (r *Remote) SourceReadOnly() bool { return r.fixed }
 
 // ChunkBytes is the size of a chunk. The last one may be shorter.
 func (r *Remote) ChunkBytes() int { return r.v.chunk }

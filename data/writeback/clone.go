@@ -509,3 +509,26 @@ func ParseClone(s string) (volume, name string, ok bool) {
 	}
 	return s[:i], s[i+1:], true
 }
+
+// discardRequest ends a clone for the node that runs it, whose name it bears.
+func (r *Receiver) discardRequest(ctx context.Context, node string, b []byte) error {
+	const op = "clone.discard"
+	var q discardRequest
+	if err := decode(op, b, &q); err != nil {
+		return err
+	}
+	if err := errors.Join(checkName(op, q.Volume), checkName(op, q.Clone)); err != nil {
+		return block.E(op, "", block.KindInvalid, err)
+	}
+	if q.Clone != node {
+		return block.E(op, q.Volume, block.KindDenied, fmt.Errorf("clone %s is not that of node %s", q.Clone, node))
+	}
+	return r.Discard(ctx, q.Volume, q.Clone)
+}
+
+// DiscardClone has the backend end a clone and remove what it kept. It is no
+// error when there is none.
+func DiscardClone(ctx context.Context, backend Caller, volume, clone string) error {
+	_, err := backend.Call(ctx, typDiscard, encode(discardRequest{volume, clone}))
+	return err
+}

@@ -23,6 +23,7 @@ const (
 	typApplied = 6
 	typReport  = 7
 	typRelease = 8
+	typDiscard = 9
 )
 
 // version of the protocol, in hello and begin.
@@ -286,3 +287,9 @@ func parseProbes(p []byte, vols func(handle uint64) ([]bounds, error)) (all []pr
 var errFormat = errors.New("the bytes do not match their checksum")
 
 func appendHandle(b []byte, handle uint64) []byte { return binary.BigEndian.AppendUint64(b, handle) }
+
+// discardRequest ends a clone.
+type discardRequest struct {
+	Volume string `json:"volume"`
+	Clone  string `json:"clone"`
+}

@@ -321,6 +321,8 @@ func (r *Receiver) Serve(ctx context.Context, role, name string, typ uint8, p []
 		return nil, r.report(name, p)
 	case typRelease:
 		return nil, r.releaseRequest(ctx, name, p)
+	case typDiscard:
+		return nil, r.discardRequest(ctx, name, p)
 	}
 	return nil, block.E("writeback.serve", "", block.KindUnsupported, fmt.Errorf("request type %d is not known", typ))
 }

@@ -17,11 +17,19 @@ import (
 	"forerun/data/journal"
 	"forerun/disk"
 	"forerun/disk/disktest"
+	"forerun/internal/chunk"
 
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The compressor's channels must not be born in a bubble.
+	p := chunk.Seal(nil, bytes.Repeat([]byte("forerun"), 1000), chunk.Zstd)
+	if err := p.Open(make([]byte, p.Plain)); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // fileDevice is a device in a file of a disk that crashes: what was not
 // flushed may be lost or torn.
@@ -245,7 +253,7 @@ type link struct {
 	mu   sync.Mutex
 	to   *Receiver
 	// trouble, if set, is asked about each call; it may lose the request or the answer.
-	trouble func(typ uint8) (request, answer bool)
+	trouble func(typ uint8, p []byte) (request, answer bool)
 	bytes   atomic.Int64
 	calls   [16]atomic.Int64
 }
@@ -269,7 +277,7 @@ func (l *link) Call(ctx context.Context, typ uint8, parts ...[]byte) ([]byte, er
 	l.calls[typ].Add(1)
 	loseRequest, loseAnswer := false, false
 	if trouble != nil {
-		loseRequest, loseAnswer = trouble(typ)
+		loseRequest, loseAnswer = trouble(typ, p)
 	}
 	if loseRequest {
 		return nil, down
@@ -305,7 +313,7 @@ func must[T any](t testing.TB) func(T, error) T {
 }
 
 func within(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
