@@ -55,6 +55,9 @@ type conn struct {
 
 	ctx    context.Context // of reads and the like; ends when the client is gone
 	cancel context.CancelCauseFunc
+	// changing is the context of changes: it outlives the client, and knows
+	// whether that has gone.
+	changing context.Context
 
 	// lead changes when the leader begins to serve (odd) and ends it, and when
 	// the watch takes the lead from it. in belongs to whoever leads.
@@ -63,6 +66,7 @@ type conn struct {
 	in    input
 	large bool // the last payload was large
 	slow  atomic.Int32
+	taken time.Duration // since Server.epoch: of the leader, when it took a request last
 
 	done chan struct{} // closed when the last leader has gone
 	gone chan struct{} // closed when all is over
@@ -82,6 +86,7 @@ func newConn(s *Server, ch *chosen, t transport) *conn {
 		work: make(chan *request, s.opt.MaxRequests),
 	}
 	c.ctx, c.cancel = context.WithCancelCause(s.hard)
+	c.changing = block.WithOrigin(s.hard, c.left)
 	c.in.buf = make([]byte, inputSize)
 	c.out.room.L = &c.out.mu
 	return c
@@ -102,6 +107,15 @@ func (c *conn) run() error {
 	c.t.close()
 	return c.fault
 }
+
+// left says whether the client is known to have gone.
+func (c *conn) left() bool { return c.ctx.Err() != nil || c.t.gone() }
+
+// stale is how long a request may lie before it is looked whether its client
+// is still there. A process that stood still for so long finds requests that
+// their clients have had answered by another server since, and that must not be
+// carried out after what those clients asked for next.
+const stale = 250 * time.Millisecond
 
 var (
 	errGone = block.E("nbd", "", block.KindClosed, errors.New("the client is gone"))
@@ -274,6 +288,12 @@ func (c *conn) follow() error {
 func (c *conn) take(h nbdproto.Request) error {
 	r := c.s.pool.Get().(*request)
 	r.reset(c, h)
+	r.taken = time.Since(c.s.epoch)
+	if last := c.taken; r.taken-last > stale && c.t.gone() {
+		c.s.pool.Put(r)
+		return errGone
+	}
+	c.taken = r.taken
 	write := h.Type == nbdproto.CmdWrite
 	if write && r.refused() {
 		// Out of step with the stream there is no going on.

@@ -19,7 +19,10 @@
 // Invariants:
 //
 //   - A write's payload is read whole before the device sees any of it, and
-//     a write once begun is not cancelled when its connection ends.
+//     a write once begun is not cancelled when its connection ends. One that has
+//     lain for long (the process stood still) is not begun when the client has
+//     gone meanwhile, and devices can ask the same (block.OriginGone): the
+//     client may have had it made elsewhere, and written anew.
 //   - Nothing is sent for a read before the device has given all its bytes, so
 //     an error is always reported as one.
 //   - A device with blocks is only called with whole blocks. Parts of blocks are

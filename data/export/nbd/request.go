@@ -25,6 +25,7 @@ type request struct {
 	held bool
 	cost int64 // what it counts against the connection's buffers
 
+	taken time.Duration // when its header was read, since Server.epoch
 	began time.Time
 	reply []byte // what is sent
 	head  [nbdproto.StructuredReplyLen]byte
@@ -144,6 +145,11 @@ func (r *request) quick() bool {
 		(r.typ == nbdproto.CmdRead || r.typ == nbdproto.CmdWrite && r.flags&nbdproto.CmdFlagFUA == 0)
 }
 
+// changes says whether r changes the device.
+func (r *request) changes() bool {
+	return r.typ == nbdproto.CmdWrite || r.typ == nbdproto.CmdWriteZeroes || r.typ == nbdproto.CmdTrim
+}
+
 // free gives r and what it holds back.
 func (r *request) free() {
 	s := r.c.s
@@ -164,15 +170,18 @@ func (r *request) free() {
 func (r *request) serve() {
 	c := r.c
 	var err error
-	if r.quick() {
-		began := time.Since(c.s.epoch)
+	began := time.Since(c.s.epoch)
+	switch {
+	case began-r.taken > stale && r.changes() && c.left():
+		err = errGone
+	case r.quick():
 		if r.typ == nbdproto.CmdRead {
 			err = r.read()
 		} else {
 			err = r.write()
 		}
 		c.learn(time.Since(c.s.epoch)-began, r.n)
-	} else {
+	default:
 		err = r.rest()
 	}
 	if c.s.opt.Observe != nil {
@@ -318,7 +327,7 @@ func (r *request) fua() block.Flags {
 }
 
 func (r *request) write() error {
-	e, ctx := r.c.export, r.c.s.hard
+	e, ctx := r.c.export, r.c.changing
 	var err error
 	switch {
 	case e.block() == 1:
@@ -343,7 +352,7 @@ func (r *request) write() error {
 }
 
 func (r *request) zero() error {
-	e, ctx := r.c.export, r.c.s.hard
+	e, ctx := r.c.export, r.c.changing
 	f := r.fua()
 	if r.flags&nbdproto.CmdFlagNoHole == 0 {
 		f |= block.MayTrim
@@ -386,7 +395,7 @@ func (r *request) trim() error {
 		h := e.holds.take(lo, hi, false)
 		defer e.holds.drop(h)
 	}
-	return e.dev.Trim(r.c.s.hard, lo, hi-lo, r.fua())
+	return e.dev.Trim(r.c.changing, lo, hi-lo, r.fua())
 }
 
 // patch writes p, which begins or ends inside a block, at r.off.

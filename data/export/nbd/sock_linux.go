@@ -109,6 +109,12 @@ func newTransport(nc net.Conn) transport {
 
 const never = -1 << 30 // an eager that does not come back
 
+func (s *socket) gone() bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.closed || hungUp(s.fd)
+}
+
 // receive says whether the read is over, with bytes or with an error.
 func (s *socket) receive() bool {
 	for {

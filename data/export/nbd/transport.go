@@ -20,6 +20,9 @@ type transport interface {
 	stop()
 	// kill makes reads and sends under way and later ones fail.
 	kill()
+	// gone says whether the other side is known to have closed the connection,
+	// whatever of it is still to be read. It costs a system call.
+	gone() bool
 	// close ends the connection in order. Nobody reads or sends any more.
 	close()
 }
@@ -78,6 +81,8 @@ func (s *stream) kill() {
 	// Not Close: on a TLS connection it would wait for a sender.
 	_ = s.nc.SetDeadline(time.Unix(1, 0))
 }
+
+func (s *stream) gone() bool { return connGone(s.nc) }
 
 func (s *stream) close() {
 	if t, ok := s.nc.(*tls.Conn); ok {

@@ -2,9 +2,11 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 
 	"forerun/block"
 	p "forerun/internal/nbdproto"
@@ -62,7 +64,28 @@ func (cl *Client) Abort() {
 	cl.mu.Lock()
 	cl.broadcast()
 	cl.mu.Unlock()
+	cl.mu.Lock()
+	for _, c := range cl.lanes {
+		if c != nil {
+			c.reset()
+		}
+	}
+	cl.mu.Unlock()
 	cl.hangUp(errAborted)
+}
+
+// reset closes the socket at once. Over TCP what was not sent yet is dropped,
+// and not sent by the kernel when the way to the server opens again: by then
+// the caller has had it done elsewhere, and perhaps something else after it.
+func (c *conn) reset() {
+	nc := c.nc
+	if t, ok := nc.(*tls.Conn); ok {
+		nc = t.NetConn() // whose Close waits for nobody
+	}
+	if t, ok := nc.(*net.TCPConn); ok {
+		_ = t.SetLinger(0) // else it is sent after all
+	}
+	_ = nc.Close() // it is given up
 }
 
 // List names the exports that the server at t tells of. The name in t does not matter.
