@@ -105,7 +105,7 @@ func (f *Frontend) runPair(ctx context.Context) error {
 			return block.E("listen", f.cfg.PeerListen, block.KindNone, err)
 		}
 		f.log.Info("serving the peer", "listen", ln.Addr().String(), "peer", f.cfg.Peer, "arbiter", f.cfg.Arbiter, "zone", f.cfg.Zone)
-		parts = append(parts, func(ctx context.Context) error { return f.pair.server.Serve(ctx, ln) }, f.askPeer, f.fetchFromPeer)
+		parts = append(parts, func(ctx context.Context) error { return f.pair.server.Serve(ctx, ln) }, f.askPeer, f.fetchFromPeer, f.gather)
 	}
 	if len(parts) == 0 {
 		<-ctx.Done()
