@@ -66,6 +66,7 @@ const (
 	ModeReplicated = "replicated" // both frontends hold a write before it is acknowledged
 	ModeDegraded   = "degraded"   // the peer is lost: each write is synced before it is acknowledged
 	ModeWaiting    = "waiting"    // the peer is lost, and writes wait for it or for the arbiter
+	ModeForwarding = "forwarding" // at a secondary: calls are passed on to the primary
 )
 
 // States of Abort.State.
@@ -213,9 +214,10 @@ type Replica struct {
 	Peer        string `json:"peer,omitempty" doc:"name of the other frontend"`
 	Epoch       uint64 `json:"epoch" doc:"who has a lower one is fenced"`
 	InSync      bool   `json:"in_sync" doc:"both frontends hold every acknowledged write"`
-	Mode        string `json:"mode,omitempty" doc:"replicated, degraded, waiting"`
+	Mode        string `json:"mode,omitempty" doc:"replicated, degraded, waiting, forwarding"`
 	Reason      string `json:"reason,omitempty" doc:"why it is not in sync, or what writes wait for"`
 	ResyncBytes int64  `json:"resync_bytes" doc:"still to be copied to the peer"`
+	FromPeer    int64  `json:"from_peer" doc:"chunks that came from the peer rather than over the WAN"`
 }
 
 // Writeback is what becomes of the workload's changes at the source.

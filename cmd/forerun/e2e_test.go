@@ -131,7 +131,7 @@ func TestForeignClients(t *testing.T) {
 	src := s.disk("src.raw", 128*mib, 3)
 	before := sum(t, src)
 	s.startBackend("d=" + src)
-	s.startFrontend([]string{"d"}, "--fill-limit", "20000000")
+	s.startFrontend([]string{"d"}, "--policy", "isolated", "--fill-limit", "20000000")
 	t.Run("nbdinfo", func(t *testing.T) {
 		info := decode[struct {
 			Exports []struct {
@@ -279,7 +279,7 @@ func TestCutoverUnderWrites(t *testing.T) {
 	src := s.disk("src.raw", 128*mib, 5)
 	before := sum(t, src)
 	s.startBackend("d=" + src)
-	s.startFrontend([]string{"d"}, "--fill-paused")
+	s.startFrontend([]string{"d"}, "--policy", "isolated", "--fill-paused")
 	native := s.path("native.raw")
 	cut := func(more ...string) ([]byte, error) {
 		args := append([]string{"cutover", "--state", s.path("fstate"), "--volume", "d", "--to", native}, more...)
@@ -310,7 +310,7 @@ func TestCutoverUnderWrites(t *testing.T) {
 	// Without a backend, and after a crash, the frontend goes on with the target.
 	output(t, "qemu-io", "-f", "raw", "-c", "write -P 0x77 1M 64k", "-c", "flush", s.uri("d"))
 	s.frontend.end(t, syscall.SIGKILL)
-	s.startFrontend([]string{"d"})
+	s.startFrontend([]string{"d"}, "--policy", "isolated")
 	output(t, "qemu-io", "-f", "raw", "-c", "read -P 0x77 1M 64k", s.uri("d"))
 	output(t, "qemu-img", "convert", "-f", "raw", "-O", "raw", s.uri("d"), s.path("last.raw"))
 	s.frontend.end(t, syscall.SIGTERM)

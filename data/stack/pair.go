@@ -34,23 +34,42 @@ type Pair struct {
 // volume was open last: what the page cache held then is still there, or not.
 const bootName = "boot"
 
-// sameBoot says whether the machine has run through since the volume was last
-// open, or the volume is new, and notes that it is open now.
+// sameBoot says whether the machine has run through since this volume was last
+// known to hold everything that was acknowledged here, or the volume is new.
 func sameBoot(fs disk.FS, dir string, fresh bool) (bool, error) {
-	const op = "stack.boot"
 	name := path.Join(dir, bootName)
-	now := bootID()
 	was, err := readSmall(fs, name)
 	if err != nil && block.KindOf(err) != block.KindNotFound {
-		return false, block.E(op, name, block.KindNone, err)
+		return false, block.E("stack.boot", name, block.KindNone, err)
 	}
-	if strings.TrimSpace(string(was)) == now && now != "" {
-		return true, nil
+	now := bootID()
+	return fresh || strings.TrimSpace(string(was)) == now && now != "", nil
+}
+
+// noteBoot writes down that the volume holds everything, as of this run of the
+// machine. After a power cut that is so once the other node, which may have
+// had more in memory, has been heard; a process that dies before must not
+// forget that it did not.
+func (v *Volume) noteBoot(ctx context.Context) {
+	for !v.wholeHere() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wholeCheck):
+		}
 	}
-	if err := publish(fs, dir, bootName, []byte(now+"\n")); err != nil {
-		return false, block.E(op, name, block.KindNone, err)
+	if err := publish(v.opts.FS, v.opts.Dir, bootName, []byte(bootID()+"\n")); err != nil {
+		v.opts.Log.Warn("it cannot be noted that the volume is whole; after a restart it is compared with the other node", "err", err)
 	}
-	return fresh, nil
+}
+
+// wholeCheck is how often noteBoot looks.
+const wholeCheck = time.Second
+
+// wholeHere says whether no acknowledged write can be missing here.
+func (v *Volume) wholeHere() bool {
+	s := v.rep.Status()
+	return s.Role == "alone" || s.InSync || s.Role == "primary" && s.Mode != "waiting"
 }
 
 func readSmall(fs disk.FS, name string) ([]byte, error) {

@@ -178,6 +178,7 @@ func Open(ctx context.Context, m Meta, o Options) (*Volume, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	v.stopRep = cancel
+	v.group.Go(func() { v.noteBoot(ctx) })
 	v.group.Go(func() {
 		if err := v.rep.Run(ctx); err != nil {
 			o.Log.Error("the replica has ended", "err", err)
