@@ -65,6 +65,7 @@ const (
 	depth       = 112 // below the 128 requests a Forerun export reads from one connection
 	tick        = 100 * time.Millisecond
 	maxPatience = time.Minute
+	idlePing    = 5 * time.Second // how often a target is asked while nobody calls
 	hardPause   = 5 * time.Second
 	retryGrowth = 25
 	// steady is how long a target must have served to be opened again at once

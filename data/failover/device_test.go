@@ -192,6 +192,33 @@ func TestHang(t *testing.T) {
 	})
 }
 
+// TestGoneWhileIdle: a target that dies or hangs while nobody calls is left
+// before anybody does.
+func TestGoneWhileIdle(t *testing.T) {
+	for _, hangs := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			d, a, _, _ := pair(t)
+			time.Sleep(time.Minute)
+			if d.Status().Moves != 1 {
+				t.Errorf("%+v", d.Status())
+			}
+			if hangs {
+				a.hang(true)
+			} else {
+				a.kill()
+			}
+			time.Sleep(idlePing + 2*time.Second)
+			within(t, 0, "the first call", func() error { return d.Flush(ctx, 0) })
+			if st := d.Status(); st.Target != "b" || st.Repeated != 0 {
+				t.Errorf("%+v", st)
+			}
+			if hangs {
+				a.wake()
+			}
+		})
+	}
+}
+
 // TestSlowIsNotDead: a target that lives and answers nothing is left for
 // another one, at ever longer intervals, and not while others get answers.
 func TestSlowIsNotDead(t *testing.T) {

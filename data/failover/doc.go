@@ -25,7 +25,7 @@
 //     ESHUTDOWN), KindFenced, KindClosed and their like, or a change with
 //     KindReadOnly though the volume is writable (what NBD makes of fenced).
 //   - It gives no sign of life: calls wait, none was answered for PingAfter, and
-//     then no ping for PingTimeout.
+//     then no ping for PingTimeout. While nobody calls it is asked now and then.
 //   - It lives and answers nothing, for Patience, while another target can be
 //     opened. Patience doubles each time until something is answered: slow is
 //     not dead, and a pair that waits for its link is not to be tossed about.

@@ -14,6 +14,7 @@ func (d *Device) watch() {
 	var (
 		last     *door
 		seen     int64
+		idle     time.Duration // no call was at the target for so long
 		quiet    time.Duration // calls wait, and none was answered for so long
 		asked    time.Duration // quiet when a ping was last answered
 		patience = d.opt.Patience
@@ -29,18 +30,27 @@ func (d *Device) watch() {
 			patience = d.opt.Patience
 		}
 		if dr == nil || dr != last || n != seen || d.waiting.Load() == 0 {
+			if dr != last || n != seen {
+				idle = 0
+			}
 			last, seen, quiet, asked = dr, n, 0, 0
+			if idle += tick; idle >= idlePing && dr != nil {
+				// Nobody waits: a target that has gone is left before anybody does.
+				idle = 0
+				if err := d.ping(dr); err != nil && d.ctx.Err() == nil && d.answers.Load() == seen {
+					d.lose(dr, err, 0)
+				}
+			}
 			continue
 		}
+		idle = 0
 		quiet += tick
 		if quiet-asked < d.opt.PingAfter {
 			continue
 		}
 		asked = quiet
 		began := time.Now()
-		ctx, cancel := context.WithTimeout(d.ctx, d.opt.PingTimeout)
-		err := dr.Ping(ctx)
-		cancel()
+		err := d.ping(dr)
 		quiet += time.Since(began)
 		asked = quiet
 		switch {
@@ -54,6 +64,13 @@ func (d *Device) watch() {
 			patience = min(2*patience, maxPatience)
 		}
 	}
+}
+
+// ping asks a target for a sign of life.
+func (d *Device) ping(dr *door) error {
+	ctx, cancel := context.WithTimeout(d.ctx, d.opt.PingTimeout)
+	defer cancel()
+	return dr.Ping(ctx)
 }
 
 // tryOther leaves a target that lives and answers nothing, if another one opens.
