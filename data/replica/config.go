@@ -18,6 +18,8 @@ type Log interface {
 	Position() journal.Position
 	// Hold keeps what follows pos, durably, under that name.
 	Hold(name string, pos journal.Position) error
+	// Held says whether there is a hold of that name.
+	Held(name string) (journal.Position, bool)
 	// Release ends a hold, durably.
 	Release(name string) error
 	// Changed visits the ranges of all records behind a hold; known is false

@@ -15,7 +15,8 @@ import (
 func (v *Volume) reignAs(ctx context.Context, rec fence.Record, first bool) {
 	peer := v.cfg.Peer != nil
 	others := !rec.Alone(v.cfg.Node)
-	if first && others && peer && !v.cfg.CleanStart && !v.giveWay(ctx, rec) {
+	shun := first && others && peer && !v.clean
+	if shun && !v.giveWay(ctx, rec) {
 		return
 	}
 	if s := v.inbound.Swap(nil); s != nil {
@@ -31,7 +32,7 @@ func (v *Volume) reignAs(ctx context.Context, rec fence.Record, first bool) {
 	if !peer || rec.Cause == fence.CauseClaim || rec.Cause == fence.CauseHandover {
 		word = 0
 	}
-	r := &reign{epoch: rec.Epoch, lost: time.Now(), free: word <= 0}
+	r := &reign{epoch: rec.Epoch, lost: time.Now(), free: word <= 0, shun: shun}
 	r.ctx, r.end = context.WithCancel(ctx)
 	defer r.end()
 	v.mu.Lock()
@@ -158,12 +159,22 @@ func (v *Volume) beat(r *reign) {
 	sent := time.Now()
 	s, err := v.ask(r.ctx, typBeat, say)
 	if err != nil {
+		v.mu.Lock()
+		silent := time.Since(r.beaten)
+		v.mu.Unlock()
+		if st.ship != nil && silent > slowWrite {
+			st.ship.slow.Store(true)
+			v.lose(st.ship, v.fault("beat", block.KindUnavailable, "the other node has not been heard of for %v: %w", silent, err))
+		}
 		return
 	}
 	if s.rec.Epoch > r.epoch {
 		v.learn(event{kind: learned, rec: s.rec})
 		return
 	}
+	v.mu.Lock()
+	r.beaten = time.Now()
+	v.mu.Unlock()
 	if s.agreed && s.rec.Epoch == r.epoch && st.rec.Member(s.node) {
 		// It has given its word not to take over for a while, and nobody else could.
 		v.cfg.Fence.Lease().Renewed(sent)
@@ -219,10 +230,11 @@ func (v *Volume) lose(s *session, why error) {
 func (v *Volume) tend(r *reign) {
 	told := false
 	for r.ctx.Err() == nil {
+		v.goAlone(r)
 		v.mu.Lock()
-		next := r.next
+		next, shun := r.next, r.shun
 		v.mu.Unlock()
-		if v.cfg.Peer != nil && !time.Now().Before(next) {
+		if v.cfg.Peer != nil && !shun && !time.Now().Before(next) {
 			s, err := v.open(r)
 			if err == nil {
 				told = false
@@ -233,7 +245,6 @@ func (v *Volume) tend(r *reign) {
 				v.log.Info("replica: no session with the other node", "err", err)
 			}
 		}
-		v.goAlone(r)
 		nap(r.ctx, 50*time.Millisecond)
 	}
 }
@@ -243,7 +254,7 @@ func (v *Volume) tend(r *reign) {
 func (v *Volume) goAlone(r *reign) {
 	v.mu.Lock()
 	st := v.now.Load()
-	lost, rec := r.lost, v.known.rec
+	lost, shun, rec := r.lost, r.shun, v.known.rec
 	v.mu.Unlock()
 	if st.reign != r || st.ship != nil || st.alone {
 		return
@@ -258,7 +269,7 @@ func (v *Volume) goAlone(r *reign) {
 		patience = recovery
 	}
 	sole := rec.Alone(v.cfg.Node) && !v.cfg.Fence.Doubt()
-	if !peer || sole {
+	if !peer || sole || shun {
 		patience = 0
 	}
 	if time.Since(lost) < patience {
@@ -275,6 +286,7 @@ func (v *Volume) goAlone(r *reign) {
 		}
 	}
 	v.mu.Lock()
+	r.shun = false
 	if now := v.now.Load(); now.reign == r && now.ship == nil {
 		if peer {
 			v.reason = "the other node is out: " + v.reason

@@ -32,6 +32,7 @@ func (v *Volume) keep(r *reign, s *session) error {
 		return r.ctx.Err()
 	}
 	member := v.known.rec.Member(s.node) && !v.cfg.Fence.Doubt()
+	r.beaten = time.Now()
 	v.reason = "the other node is being brought up to date"
 	v.updateLocked(func(n *standing) { n.ship, n.inSync, n.alone, n.sync = s, false, false, !member })
 	v.mu.Unlock()
@@ -441,7 +442,7 @@ func (v *Volume) Freeze(ctx context.Context, fn func() error) error {
 	if err := v.enter("freeze"); err != nil {
 		return err
 	}
-	defer v.life.RUnlock()
+	v.life.RUnlock() // fn may call, and Close must not come in between
 	called := false
 	err := v.gate.during(ctx, func() error {
 		called = true

@@ -18,6 +18,7 @@ type Volume struct {
 	cfg   Config
 	info  block.Info
 	solo  bool
+	clean bool // at the start all that was acknowledged was here
 	log   *slog.Logger
 	name  []byte // how messages begin
 	clock time.Time
@@ -80,7 +81,10 @@ type reign struct {
 	// Guarded by Volume.mu.
 	lost time.Time // since when there is no session
 	next time.Time // no session before
-	free bool      // the word given to the primary before has been kept
+	shun bool      // no session before the arbiter has recorded that the other is out
+	// beaten is when the other node was heard last.
+	beaten time.Time
+	free   bool // the word given to the primary before has been kept
 }
 
 // ticks is the monotonic time since the volume was opened.
@@ -109,7 +113,11 @@ func Open(c Config) (*Volume, error) {
 	if v.solo {
 		return v, nil
 	}
-	v.known = knowledge{me: c.Node, whole: c.CleanStart, heard: time.Now()}
+	// A node without the hold has not been in sync since it may have lost
+	// something, however often its process was restarted since.
+	_, held := c.Log.Held(holdName)
+	v.clean = c.CleanStart && held
+	v.known = knowledge{me: c.Node, whole: v.clean, heard: time.Now()}
 	v.reason = "waiting for the arbiter"
 	v.slots = make(chan *op, c.InFlight)
 	for range c.InFlight {
@@ -142,6 +150,8 @@ func (v *Volume) enter(op string) error {
 // local stack.
 func (v *Volume) Close() error {
 	v.once.Do(func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
 		close(v.closing)
 		v.stop()
 	})
@@ -179,12 +189,8 @@ func (v *Volume) updateLocked(fn func(*standing)) {
 func (v *Volume) setReason(format string, args ...any) {
 	s := fmt.Sprintf(format, args...)
 	v.mu.Lock()
-	same := v.reason == s
 	v.reason = s
 	v.mu.Unlock()
-	if !same && s != "" {
-		v.log.Info("replica: " + s)
-	}
 }
 
 // pause waits until things stand differently than in st, or for d (0: no
@@ -257,11 +263,13 @@ func (v *Volume) say() state {
 // Run does what is to be done beside the calls, until ctx ends or the volume
 // is closed.
 func (v *Volume) Run(ctx context.Context) error {
-	if err := v.enter("run"); err != nil {
-		return err
+	v.mu.Lock()
+	if v.base.Err() != nil {
+		v.mu.Unlock()
+		return v.tell("run", errClosed)
 	}
 	v.running.Add(1)
-	v.life.RUnlock()
+	v.mu.Unlock()
 	defer v.running.Done()
 	if v.solo {
 		select {

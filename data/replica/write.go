@@ -62,6 +62,9 @@ func (v *Volume) WriteAt(ctx context.Context, p []byte, off int64, f block.Flags
 
 // Zero zeroes at both nodes.
 func (v *Volume) Zero(ctx context.Context, off, n int64, f block.Flags) error {
+	if !v.solo {
+		f &^= block.FastZero // what one node can do fast must not fail at the other
+	}
 	return v.change(ctx, change{typZero, nil, off, n, f})
 }
 
@@ -145,6 +148,10 @@ func (v *Volume) lead(ctx context.Context, r *reign, c change) (again bool, err 
 		return false, err
 	}
 	defer v.gate.leave()
+	// Before its range is taken: what opens the volume may have to wait for that.
+	if again, err := v.opened(ctx, r); again || err != nil {
+		return again, err
+	}
 	var o *op
 	select {
 	case o = <-v.slots:
@@ -173,13 +180,25 @@ func (v *Volume) lead(ctx context.Context, r *reign, c change) (again bool, err 
 	return again, err
 }
 
+// opened waits until clients are served in reign r.
+func (v *Volume) opened(ctx context.Context, r *reign) (again bool, err error) {
+	for {
+		st := v.now.Load()
+		if st.reign != r || st.open {
+			return st.reign != r, nil
+		}
+		if err := v.pause(ctx, st, 0); err != nil {
+			return false, err
+		}
+	}
+}
+
 func (v *Volume) leadPiece(ctx context.Context, r *reign, o *op, c change) (again bool, err error) {
 	for {
 		st := v.now.Load()
 		switch {
 		case st.reign != r:
 			return true, nil
-		case !st.open:
 		case st.ship != nil:
 			// The other node first: what can be read here is there already.
 			s := st.ship
@@ -196,10 +215,7 @@ func (v *Volume) leadPiece(ctx context.Context, r *reign, o *op, c change) (agai
 				}
 				continue
 			}
-			v.lose(s, err)
-			if block.KindOf(err) == block.KindFenced {
-				v.look(r.ctx)
-			}
+			v.blame(s, err)
 			continue
 		case st.alone:
 			f := c.f &^ block.FUA
@@ -222,6 +238,18 @@ func (v *Volume) leadPiece(ctx context.Context, r *reign, o *op, c change) (agai
 			return false, err
 		}
 	}
+}
+
+// blame ends a session because of what the other node answered, or did not.
+func (v *Volume) blame(s *session, err error) {
+	switch k := block.KindOf(err); k {
+	case block.KindUnavailable, block.KindFenced:
+	case block.KindCanceled:
+		s.slow.Store(s.ctx.Err() == nil)
+	default: // it is there and cannot: it would fail again at once
+		s.slow.Store(true)
+	}
+	v.lose(s, err)
 }
 
 // leadLocal makes a change here that the other node has.
@@ -318,10 +346,7 @@ func (v *Volume) leadFlush(ctx context.Context, r *reign, f block.Flags) (again 
 				}
 				continue
 			}
-			if block.KindOf(err) == block.KindCanceled {
-				s.slow.Store(s.ctx.Err() == nil)
-			}
-			v.lose(s, err)
+			v.blame(s, err)
 			continue
 		case st.alone:
 			if err := v.cfg.Local.Flush(r.ctx, f); err != nil {
