@@ -38,10 +38,9 @@ type Cut struct {
 	// the oldest at which one was acknowledged that is not, the largest number
 	// when nothing is missing. The moment lies between the two.
 	After, Before uint64
-	// Missing counts acknowledged writes that are not there at all, and bytes
-	// of theirs that are not, each sector once.
-	Missing      int64
-	MissingBytes int64
+	// Missing counts acknowledged writes that are not there, Written their
+	// bytes, zeros apart, and MissingBytes the sectors that differ, each once.
+	Missing, Written, MissingBytes int64
 	// Oldest is when the oldest missing one was acknowledged, zero for none;
 	// Newest when the newest one that is there began.
 	Oldest, Newest time.Time
@@ -253,5 +252,10 @@ func (j *cutJudge) verdict() (Cut, error) {
 		}
 	}
 	c.Missing = int64(len(missing))
+	for w := range missing {
+		if !w.v.zero {
+			c.Written += w.n
+		}
+	}
 	return c, nil
 }

@@ -67,8 +67,8 @@ type abortRun struct {
 }
 
 // start runs a pair on the far side of the line and writes to its volume.
-func (a *abortRun) start(name string) (p *Pair, d *disk, err error) {
-	if d, err = a.newDisk(name, 128<<20); err != nil {
+func (a *abortRun) start(name string, size int64) (p *Pair, d *disk, err error) {
+	if d, err = a.newDisk(name, size); err != nil {
 		return nil, nil, err
 	}
 	d.hist.TrackCuts()
@@ -90,7 +90,7 @@ func (a *abortRun) start(name string) (p *Pair, d *disk, err error) {
 }
 
 func (a *abortRun) drained(i int) error {
-	p, d, err := a.start(fmt.Sprintf("vol%d", i))
+	p, d, err := a.start(fmt.Sprintf("vol%d", i), 128<<20)
 	if p != nil {
 		defer p.Kill()
 	}
@@ -190,11 +190,15 @@ func hash(path string) (string, error) {
 // forced cuts the line and aborts at the backend. When the line is back, no
 // frontend may write to the source again.
 func (a *abortRun) forced(i int) error {
-	p, d, err := a.start(fmt.Sprintf("forced%d", i))
+	p, d, err := a.start(fmt.Sprintf("forced%d", i), 32<<20)
 	if p != nil {
 		defer p.Kill()
 	}
 	if err != nil {
+		return err
+	}
+	// Reads of what is not here would wait while the line is cut.
+	if err := p.waitFilled(a.ctx); err != nil {
 		return err
 	}
 	primary, _, err := p.Primary(a.ctx, d.name)

@@ -20,9 +20,10 @@ type disk struct {
 	size   int64
 	hist   *oracle.History
 
-	client *load.Client
-	stop   context.CancelFunc
-	done   chan error
+	client  *load.Client
+	resting bool // nothing was written for a while before the end
+	stop    context.CancelFunc
+	done    chan error
 
 	mu    sync.Mutex
 	stats load.Stats // guarded by mu: of loads that have ended

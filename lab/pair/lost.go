@@ -88,6 +88,7 @@ func (l *lostRun) round(i int) error {
 			return errors.Join(err, p.Words())
 		}
 		l.sleep(1500 * time.Millisecond)
+		d.resting = true
 	}
 	primary, _, err := p.Primary(l.ctx, d.name)
 	if err != nil {
@@ -171,8 +172,13 @@ func (l *lostRun) given(p *Pair, d *disk, f *fsDisk, gone time.Time, said api.Vo
 	if c.Oldest.IsZero() {
 		lost = 0
 	}
-	l.Say("the source is %.2f s behind and lacks %d writes (%d bytes); stated were checkpoint %d of %s, %d bytes and %.2f s (%s); status had said %d bytes unwritten, %.2f s; "+
-		"the list has %d of %d lines", lost.Seconds(), c.Missing, c.MissingBytes, a.LastID, a.LastCheckpoint, a.LostBytes, a.LostS, a.Loss,
+	if d.resting && c.Written > 1<<20 {
+		// Each write is a record with a head, so a little more is stated than was written.
+		l.AtLeast("stated bytes lost / bytes written and lost", float64(a.LostBytes)/float64(c.Written), 1, "x")
+		l.AtMost("stated bytes lost / bytes written and lost", float64(a.LostBytes)/float64(c.Written), 1.1, "x")
+	}
+	l.Say("the source is %.2f s behind and lacks %d writes of %d bytes; stated were checkpoint %d of %s, %d bytes and %.2f s (%s); status had said %d bytes unwritten, %.2f s; "+
+		"the list has %d of %d lines", lost.Seconds(), c.Missing, c.Written, a.LastID, a.LastCheckpoint, a.LostBytes, a.LostS, a.Loss,
 		said.Writeback.UnwrittenBytes, said.Writeback.RPOS, n, had)
 	return nil
 }

@@ -106,3 +106,32 @@ func (p *Pair) outOfSync(ctx context.Context) error {
 	}
 	return nil
 }
+
+// waitFilled waits until the frontends hold all of all volumes.
+func (p *Pair) waitFilled(ctx context.Context) error {
+	for end := time.Now().Add(5 * time.Minute); ; {
+		absent := int64(0)
+		for _, v := range p.Volumes {
+			n, _, err := p.Primary(ctx, v.Name)
+			if err != nil {
+				return err
+			}
+			s, err := n.Status(ctx, v.Name)
+			if err != nil {
+				return err
+			}
+			absent += s.Chunks.Absent
+		}
+		if absent == 0 {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%d chunks are still not here", absent)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
