@@ -141,6 +141,10 @@ type front struct {
 }
 
 func openFront(fs disk.FS, name string, size int64, exact bool) (*front, error) {
+	return openFrontMax(fs, name, size, exact, journalMax)
+}
+
+func openFrontMax(fs disk.FS, name string, size int64, exact bool, journalMax int64) (*front, error) {
 	below, err := newFileDevice(fs, "vol/"+name, size)
 	if err != nil {
 		return nil, err
@@ -363,7 +367,7 @@ func same(t testing.TB, what string, got, want []byte) {
 const testSize = 256 << 10
 
 // journalMax is the limit of a journal; half of it may be held.
-var journalMax int64 = 8 << 20
+const journalMax = 8 << 20
 
 func TestSourceFollowsTheVolume(t *testing.T) {
 	ctx := within(t)
