@@ -19,13 +19,13 @@ import (
 
 func TestSuite(t *testing.T) {
 	blocktest.Test(t, func(t *testing.T) block.Device {
-		vol := blocktest.NewTwin(1<<20, 512)
+		vol := blocktest.NewTwin(256<<10, 512)
 		d, err := Open(ctx, Options{Targets: []Target{newServer("a", vol).target(), newServer("b", vol).target()}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return d
-	}, blocktest.Options{Ops: 120})
+	}, blocktest.Options{Ops: 80})
 }
 
 func TestSuiteReadOnly(t *testing.T) {
@@ -36,7 +36,7 @@ func TestSuiteReadOnly(t *testing.T) {
 			t.Fatal(err)
 		}
 		return d
-	}, blocktest.Options{Ops: 120})
+	}, blocktest.Options{Ops: 80})
 }
 
 // TestSuiteWhileTargetsDie kills the target in use again and again under the
@@ -44,7 +44,7 @@ func TestSuiteReadOnly(t *testing.T) {
 func TestSuiteWhileTargetsDie(t *testing.T) {
 	var moves atomic.Int64
 	blocktest.Test(t, func(t *testing.T) block.Device {
-		vol := blocktest.NewTwin(512<<10, 512)
+		vol := blocktest.NewTwin(256<<10, 512)
 		a, b := newServer("a", vol), newServer("b", vol)
 		for i, s := range []*server{a, b} {
 			rnd := rand.New(rand.NewPCG(7, uint64(i)))
