@@ -87,6 +87,11 @@ func (c *Claim) open(flags int) (err error) {
 		c.fd, err = openRetry(c.path, flags|unix.O_RDWR)
 		switch {
 		case err == nil:
+			// Newer kernels refuse only the first write to a read-only device.
+			if c.device {
+				ro, err := unix.IoctlGetInt(c.fd, unix.BLKROGET)
+				c.ro = err == nil && ro != 0
+			}
 			return nil
 		case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM), errors.Is(err, unix.EROFS):
 			c.ro = true

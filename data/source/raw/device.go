@@ -40,6 +40,7 @@ type Device struct {
 	claim *Claim
 	info  block.Info
 	real  int64 // bytes of content, at most info.Size
+	grain int64 // bytes: what can be freed or zeroed without writing is a multiple of it
 	log   *slog.Logger
 
 	gate   sync.RWMutex
@@ -66,7 +67,7 @@ func Open(path string, o Options) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Device{claim: c, real: c.Size(), log: o.Log}
+	d := &Device{claim: c, real: c.Size(), grain: sector.Size, log: o.Log}
 	d.info = block.Info{
 		Size: sector.Up(c.Size()), BlockSize: sector.Size, PreferredIO: preferredIO,
 		ReadOnly: c.ReadOnly(),
@@ -79,6 +80,9 @@ func Open(path string, o Options) (*Device, error) {
 	// the two must be told apart.
 	d.noDSync.Store(c.nfs)
 	if c.device {
+		if n, err := unix.IoctlGetInt(c.fd, unix.BLKSSZGET); err == nil && n > sector.Size {
+			d.grain = int64(n)
+		}
 		d.info.CanTrim = !d.info.ReadOnly && canZeroUnmap(c.fd)
 	} else {
 		_, err := unix.Seek(c.fd, 0, unix.SEEK_DATA)
@@ -249,8 +253,10 @@ func (d *Device) Trim(ctx context.Context, off, n int64, f block.Flags) error {
 			return d.fail("trim", err)
 		}
 		step := min(n, stepZero)
-		if err := d.punch(off, step); err != nil && !unsupported(err) {
-			return d.fail("trim", err)
+		if in, k := d.inner(off, step); k > 0 {
+			if err := d.punch(in, k); err != nil && !unsupported(err) {
+				return d.fail("trim", err)
+			}
 		}
 		off, n = off+step, n-step
 	}

@@ -116,13 +116,13 @@ func TestRunningMachineIsNoticed(t *testing.T) {
 }
 
 // loop makes a loop device over a file, where that is possible.
-func loop(t *testing.T, size int64) string {
+func loop(t *testing.T, size int64, options ...string) string {
 	t.Helper()
 	if unix.Geteuid() != 0 {
 		t.Skip("loop devices need root")
 	}
 	need(t, "losetup")
-	out, err := exec.Command("losetup", "--find", "--show", image(t, size, nil)).CombinedOutput()
+	out, err := exec.Command("losetup", append(options, "--find", "--show", image(t, size, nil))...).CombinedOutput()
 	if err != nil {
 		t.Skipf("no loop devices here: %s", out)
 	}
@@ -170,6 +170,58 @@ func TestBlockDevice(t *testing.T) {
 	}
 	_, err = Open(dev, Options{})
 	kindIs(t, err, block.KindBusy)
+}
+
+// TestLargeBlocks: a device whose logical blocks are larger than a sector can
+// free and zero only whole blocks, and is asked for any sectors all the same.
+func TestLargeBlocks(t *testing.T) {
+	d := open(t, loop(t, 4<<20, "--sector-size", "4096"), Options{})
+	want := make([]byte, 64<<10)
+	fill := func() {
+		for i := range want {
+			want[i] = byte(1 + i%255)
+		}
+		if err := d.WriteAt(ctx, want, 0, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := make([]byte, len(want))
+	for _, r := range [][2]int64{{0, 512}, {512, 1024}, {8192, 1024}, {3584, 1024}, {512, 20 << 10}, {4096, 8704}, {4096, 8192}, {0, 64 << 10}} {
+		for _, f := range []block.Flags{0, block.MayTrim, block.FUA, block.MayTrim | block.FastZero} {
+			fill()
+			if err := d.Zero(ctx, r[0], r[1], f); err != nil {
+				t.Fatalf("zero %v with %v: %v", r, f, err)
+			}
+			clear(want[r[0] : r[0]+r[1]])
+			if err := d.ReadAt(ctx, got, 0, 0); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, want) {
+				t.Fatalf("zero %v with %v gave other bytes", r, f)
+			}
+		}
+		fill()
+		if err := d.Trim(ctx, r[0], r[1], 0); err != nil {
+			t.Fatalf("trim %v: %v", r, err)
+		}
+		if err := d.ReadAt(ctx, got, 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		for i := range got {
+			inside := int64(i) >= r[0] && int64(i) < r[0]+r[1]
+			if got[i] != want[i] && !(inside && got[i] == 0) {
+				t.Fatalf("trim %v changed byte %d", r, i)
+			}
+		}
+	}
+}
+
+func TestReadOnlyDevice(t *testing.T) {
+	d := open(t, loop(t, 1<<20, "--read-only"), Options{})
+	if !d.Info().ReadOnly {
+		t.Fatalf("%+v", d.Info())
+	}
+	kindIs(t, d.WriteAt(ctx, make([]byte, 512), 0, 0), block.KindReadOnly)
 }
 
 func TestMountedDeviceIsRefused(t *testing.T) {

@@ -115,8 +115,31 @@ func (d *Device) punch(off, n int64) error {
 	return err
 }
 
+// inner is the part of a range that the device can free or zero by itself:
+// whole logical blocks. A file, and a device of 512-byte blocks, takes any
+// range of sectors.
+func (d *Device) inner(off, n int64) (int64, int64) {
+	from, to := (off+d.grain-1)/d.grain*d.grain, (off+n)/d.grain*d.grain
+	return from, max(0, to-from)
+}
+
 // zeroOnce makes at most stepZero bytes zero in the cheapest way f allows.
 func (d *Device) zeroOnce(ctx context.Context, off, n int64, f block.Flags) error {
+	in, k := d.inner(off, n)
+	if k == 0 {
+		return d.writeZeros(ctx, off, n)
+	}
+	if err := d.zeroBlocks(ctx, in, k, f); err != nil {
+		return err
+	}
+	// What is left are parts of blocks at either end.
+	if err := d.writeZeros(ctx, off, in-off); err != nil {
+		return err
+	}
+	return d.writeZeros(ctx, in+k, off+n-in-k)
+}
+
+func (d *Device) zeroBlocks(ctx context.Context, off, n int64, f block.Flags) error {
 	if f.Has(block.MayTrim) {
 		if err := d.punch(off, n); !unsupported(err) {
 			return err
@@ -133,6 +156,10 @@ func (d *Device) zeroOnce(ctx context.Context, off, n int64, f block.Flags) erro
 	if f.Has(block.FastZero) {
 		return unix.EOPNOTSUPP
 	}
+	return d.writeZeros(ctx, off, n)
+}
+
+func (d *Device) writeZeros(ctx context.Context, off, n int64) error {
 	for n > 0 {
 		if err := ctx.Err(); err != nil {
 			return err
