@@ -27,6 +27,8 @@ type fake struct {
 	surveys int
 	limit   int64
 	held    bool
+	// fetchErr, if set, is what Fetch fails with after took.
+	fetchErr error
 }
 
 func newFake(n int64) *fake {
@@ -79,6 +81,9 @@ func (f *fake) Fetch(ctx context.Context, idx []int64, _ block.Flags) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.fetchErr != nil {
+		return f.fetchErr
+	}
 	for _, i := range idx {
 		delete(f.absent, i)
 	}
@@ -173,6 +178,9 @@ func TestFillPausesResumesAndLimits(t *testing.T) {
 		}
 		p.SetLimit(0)
 		p.Resume()
+		if s := p.Stats(); s.State != Running {
+			t.Errorf("resumed, and at once %+v", s)
+		}
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
 		left, all, held := f.counts()
@@ -236,4 +244,21 @@ func TestOrderAgainstSorting(t *testing.T) {
 			t.Fatalf("seed %d: %v, want %v", seed, got, want)
 		}
 	}
+}
+
+// TestFillSaysWhyItWaits: the reason is what failed, not that the calls beside
+// it were called back.
+func TestFillSaysWhyItWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(4000)
+		f.fetchErr = block.E("store.put", "disk", block.KindNoSpace, errors.New("no space left"))
+		p, stop := start(t, f, Options{BatchChunks: 4, Outstanding: 2})
+		defer stop()
+		for range 100 {
+			time.Sleep(100 * time.Millisecond)
+			if s := p.Stats(); s.State == Waiting && s.Reason != f.fetchErr.Error() {
+				t.Fatalf("%+v", s)
+			}
+		}
+	})
 }

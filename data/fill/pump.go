@@ -1,6 +1,7 @@
 package fill
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"sync"
@@ -169,7 +170,7 @@ func (p *Pump) sweep(ctx context.Context) (swept bool, err error) {
 		if p.order.Cursor() >= p.surveyed {
 			next, err := p.v.Survey(ctx, p.order.Cursor())
 			if err != nil {
-				return false, err
+				return false, cmp.Or(failed(), err) // a call that failed ended ctx
 			}
 			p.surveyed = next
 		}
@@ -183,6 +184,9 @@ func (p *Pump) sweep(ctx context.Context) (swept bool, err error) {
 		select {
 		case slots <- struct{}{}:
 		case <-ctx.Done():
+			if err := failed(); err != nil {
+				return false, err // it ended ctx
+			}
 			return false, context.Cause(ctx)
 		}
 		calls.Go(func() {
@@ -272,6 +276,9 @@ func (p *Pump) Resume() {
 	defer p.mu.Unlock()
 	if p.paused {
 		p.paused = false
+		if p.state == Paused {
+			p.state = Running // before Run has seen it: who asks next is told
+		}
 		close(p.resumed)
 		p.lim.Resume()
 	}
