@@ -53,8 +53,8 @@ func ParseVolume(s string) (Volume, error) {
 	if !ok || name == "" || src == "" {
 		return Volume{}, fmt.Errorf("--volume %q is not NAME=SOURCE; example: web=/srv/images/web.raw", s)
 	}
-	if strings.ContainsAny(name, "/\x00") || len(name) > 255 {
-		return Volume{}, fmt.Errorf("--volume %q: a volume's name has no slash and at most 255 bytes", name)
+	if strings.ContainsAny(name, "/\x00") || name == "." || name == ".." || len(name) > 255 {
+		return Volume{}, fmt.Errorf("--volume %q: a volume's name has no slash, is not . or .., and has at most 255 bytes", name)
 	}
 	return Volume{name, src}, nil
 }
@@ -81,6 +81,11 @@ type served struct {
 func New(cfg Config) (*Backend, error) {
 	if len(cfg.Volumes) == 0 {
 		return nil, errors.New("no volume is given; say --volume NAME=SOURCE")
+	}
+	for _, m := range []struct{ flag, value string }{{"pki", cfg.PKI}, {"name", cfg.Name}, {"state", cfg.StateDir}, {"listen", cfg.Listen}} {
+		if m.value == "" {
+			return nil, fmt.Errorf("--%s is empty", m.flag)
+		}
 	}
 	if cfg.ChunkBytes == 0 {
 		cfg.ChunkBytes = chunk.DefaultSize

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"forerun/api"
+	"forerun/data/export/nbd"
 	"forerun/data/replica"
 )
 
@@ -121,7 +122,7 @@ func (c *Config) check() error {
 	seen := map[string]bool{}
 	for _, v := range c.Volumes {
 		if v == "" || strings.ContainsAny(v, "/\x00") || v == "." || v == ".." || len(v) > 255 {
-			return fmt.Errorf("--volume %q: a volume's name has no slash and at most 255 bytes", v)
+			return fmt.Errorf("--volume %q: a volume's name has no slash, is not . or .., and has 1 to 255 bytes", v)
 		}
 		if seen[v] {
 			return fmt.Errorf("volume %s is given twice", v)
@@ -130,6 +131,16 @@ func (c *Config) check() error {
 	}
 	if len(c.Exports) == 0 {
 		return errors.New("no export is given; say --export 'nbd+unix:///?socket=/run/forerun.sock' or --export nbds://0.0.0.0:10809")
+	}
+	for _, e := range c.Exports {
+		if err := nbd.CheckAddress(e); err != nil {
+			return err
+		}
+	}
+	for _, m := range []struct{ flag, value string }{{"pki", c.PKI}, {"name", c.Name}, {"state", c.StateDir}, {"backend", c.Backend}} {
+		if m.value == "" {
+			return fmt.Errorf("--%s is empty", m.flag)
+		}
 	}
 	if err := c.checkPair(); err != nil {
 		return err

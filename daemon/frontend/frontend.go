@@ -26,6 +26,8 @@ import (
 	"forerun/disk"
 	"forerun/internal/pki"
 	"forerun/internal/version"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // Frontend is the daemon.
@@ -42,10 +44,12 @@ type Frontend struct {
 	mu      sync.Mutex
 	volumes map[string]*stack.Volume // guarded by mu: those that are open
 	client  *wire.Client             // guarded by mu: nil until the backend has answered
-	problem string                   // guarded by mu: why the backend has not
-	uris    []string                 // guarded by mu: what is listened on
+	// problems say why the backend, under "", or a volume cannot be used.
+	problems map[string]string // guarded by mu
+	uris     []string          // guarded by mu: what is listened on
 
-	rates rates
+	allOpen sync.Once // what serve and connect tell each other
+	rates   rates
 
 	pair     pair
 	base     context.Context               // of what Run started
@@ -67,7 +71,7 @@ func New(cfg Config) (*Frontend, error) {
 		return nil, err
 	}
 	cfg.StateDir = dir
-	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{},
+	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{}, problems: map[string]string{},
 		shippers: map[string]*writeback.Shipper{}, aborts: map[string]*abort{}, over: map[string]string{}}, nil
 }
 
@@ -135,9 +139,14 @@ func near(dev block.Device, off, n int64) bool {
 	return ok && v.Near(off, n)
 }
 
+// newGrace is how long the exports wait for volumes that are new, where there
+// are others that can be served already.
+const newGrace = 5 * time.Second
+
 // serve opens the volumes, those known from before at once and new ones when
 // the backend has described them, and then the exports: a client that can
-// connect finds its disk.
+// connect finds its disk. A new volume does not hold back those that are known
+// for longer than newGrace; its workload has not begun, theirs have.
 func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 	for _, name := range f.cfg.Volumes {
 		phase, err := stack.Ended(f.fs, f.volumeDir(name))
@@ -162,27 +171,41 @@ func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 			return fmt.Errorf("volume %s: %w", name, err)
 		}
 	}
-	if f.allOpen() {
-		// A restart: what is held is served even if the backend is away.
-		return daemon.Tree(ctx, f.exports, f.ship, func(ctx context.Context) error { return f.connect(ctx, clientTLS, nil) })
-	}
+	missing := f.missing()
+	first := missing > 0 && f.openCount() == 0
 	opened := make(chan struct{})
+	var grace <-chan time.Time
+	switch {
+	case missing == 0:
+		f.allOpen.Do(func() { close(opened) }) // a restart: what is held is served even if the backend is away
+	case !first:
+		grace = time.After(newGrace)
+	}
 	return daemon.Tree(ctx,
-		func(ctx context.Context) error { return f.connect(ctx, clientTLS, opened) },
+		func(ctx context.Context) error { return f.connect(ctx, clientTLS, first, opened) },
 		func(ctx context.Context) error {
 			select {
 			case <-opened:
-				return daemon.Tree(ctx, f.exports, f.ship)
+			case <-grace:
+				f.log.Warn("a new volume waits for the backend; serving the others")
 			case <-ctx.Done():
 				return nil
 			}
+			return daemon.Tree(ctx, f.exports, f.ship)
 		})
 }
 
-func (f *Frontend) allOpen() bool {
+func (f *Frontend) openCount() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.volumes)+len(f.over) == len(f.cfg.Volumes)
+	return len(f.volumes)
+}
+
+// missing is how many volumes the backend has yet to describe.
+func (f *Frontend) missing() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.cfg.Volumes) - len(f.volumes) - len(f.over)
 }
 
 func (f *Frontend) volumeDir(name string) string {
@@ -216,42 +239,51 @@ func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 
 // connect reaches the backend, however long that takes, and gives each volume
 // its far end. It opens the volumes that are new and closes opened when all
-// are. A refused certificate at the first start is an error: waiting would not
-// help.
-func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, opened chan struct{}) error {
-	if opened == nil && !f.needsBackend() {
+// are, unless all were before. At the first start of all, what waiting does not
+// help with is an error. Later it is a problem of that volume alone: workloads
+// run on the others, and on what is here.
+func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, first bool, opened chan struct{}) error {
+	if !f.needsBackend() {
 		<-ctx.Done()
 		return nil
 	}
-	client, err := f.dial(ctx, clientTLS, opened != nil)
+	client, err := f.dial(ctx, clientTLS, first)
 	if client == nil {
 		return err
 	}
+	f.setProblem("", "")
+	g, gctx := errgroup.WithContext(ctx)
 	for _, name := range f.cfg.Volumes {
 		if f.ended(name) != "" {
 			continue
 		}
-		err := f.attach(ctx, client, name)
-		for err != nil && ctx.Err() == nil && opened == nil {
-			// The workload runs already, on what is here: that goes on.
-			f.log.Error("the volume cannot use the backend; serving what is here", "volume", name, "err", err)
-			f.setProblem(err.Error())
-			select {
-			case <-ctx.Done():
-			case <-time.After(attachRetry):
+		g.Go(func() error {
+			err := f.attach(gctx, client, name)
+			for err != nil && gctx.Err() == nil && !first {
+				if f.setProblem(name, err.Error()) {
+					f.log.Error("the volume cannot use the backend; serving what is here, asking again", "volume", name, "err", err)
+				}
+				select {
+				case <-gctx.Done():
+				case <-time.After(attachRetry):
+				}
+				err = f.attach(gctx, client, name)
 			}
-			err = f.attach(ctx, client, name)
-		}
-		if ctx.Err() != nil {
+			if gctx.Err() != nil {
+				return nil
+			}
+			if err != nil {
+				return fmt.Errorf("volume %s: %w", name, err)
+			}
+			f.setProblem(name, "")
+			if f.missing() == 0 {
+				f.allOpen.Do(func() { close(opened) })
+			}
 			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("volume %s: %w", name, err)
-		}
+		})
 	}
-	f.setProblem("")
-	if opened != nil {
-		close(opened)
+	if err := g.Wait(); err != nil {
+		return err
 	}
 	<-ctx.Done()
 	return nil
@@ -261,6 +293,9 @@ func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, opened ch
 const attachRetry = 5 * time.Second
 
 func (f *Frontend) needsBackend() bool {
+	if f.missing() > 0 {
+		return true
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, v := range f.volumes {
@@ -289,10 +324,14 @@ func (f *Frontend) hangUp() {
 	}
 }
 
-func (f *Frontend) setProblem(s string) {
+// setProblem notes why a volume, or with no name the backend, cannot be used;
+// no text ends it. It says whether that is news.
+func (f *Frontend) setProblem(volume, text string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.problem = s
+	news := f.problems[volume] != text
+	f.problems[volume] = text
+	return news
 }
 
 func (f *Frontend) dial(ctx context.Context, clientTLS *tls.Config, first bool) (*wire.Client, error) {
@@ -311,10 +350,10 @@ func (f *Frontend) dial(ctx context.Context, clientTLS *tls.Config, first bool) 
 		if k := block.KindOf(err); first && (k == block.KindDenied || k == block.KindInvalid || k == block.KindUnsupported) {
 			return nil, err
 		}
-		if f.currentProblem() == "" {
+		if f.problem("") == "" {
 			f.log.Warn("the backend cannot be reached; trying on", "backend", f.cfg.Backend, "err", err)
 		}
-		f.setProblem("the backend cannot be reached: " + err.Error())
+		f.setProblem("", "the backend cannot be reached: "+err.Error())
 		select {
 		case <-ctx.Done():
 			return nil, nil
@@ -323,10 +362,14 @@ func (f *Frontend) dial(ctx context.Context, clientTLS *tls.Config, first bool) 
 	}
 }
 
-func (f *Frontend) currentProblem() string {
+// problem is what concerns a volume: its own, or the backend's.
+func (f *Frontend) problem(volume string) string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.problem
+	if p := f.problems[volume]; p != "" {
+		return p
+	}
+	return f.problems[""]
 }
 
 func (f *Frontend) attach(ctx context.Context, client *wire.Client, name string) error {

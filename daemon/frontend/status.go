@@ -63,8 +63,9 @@ func (f *Frontend) unknown(name string) error {
 
 func (f *Frontend) status(name string) api.Volume {
 	f.mu.Lock()
-	v, client, problem := f.volumes[name], f.client, f.problem
+	v, client := f.volumes[name], f.client
 	f.mu.Unlock()
+	problem := f.problem(name)
 	s := api.Volume{Volume: name, Role: api.RoleFrontend, Phase: api.PhaseStarting, Primary: api.PrimarySource,
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"}}
 	if v != nil {

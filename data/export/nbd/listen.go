@@ -45,17 +45,9 @@ func (l *Listener) Close() error {
 // must begin TLS before anything else. A Unix socket that nobody listens on any
 // more is replaced; one that somebody listens on is KindBusy.
 func (s *Server) Listen(uri string) (*Listener, error) {
-	u, err := nbdproto.ParseURI(uri)
+	u, err := parseAddress(uri)
 	if err != nil {
-		return nil, block.E("nbd.listen", "", block.KindInvalid, err)
-	}
-	if u.Export != "" {
-		return nil, block.E("nbd.listen", uri, block.KindInvalid,
-			fmt.Errorf("an address to listen on names no export; leave %q out", u.Export))
-	}
-	if len(u.Query) > 0 {
-		return nil, block.E("nbd.listen", uri, block.KindInvalid,
-			fmt.Errorf("parameters are for clients; leave %q out", u.Query.Encode()))
+		return nil, err
 	}
 	if u.TLS && s.opt.TLS == nil {
 		return nil, block.E("nbd.listen", uri, block.KindInvalid,
@@ -77,6 +69,34 @@ func (s *Server) Listen(uri string) (*Listener, error) {
 		return nil, block.E("nbd.listen", uri, kind, err)
 	}
 	return &Listener{Listener: l, uri: u}, nil
+}
+
+// CheckAddress says what Listen would refuse about the text of uri alone.
+func CheckAddress(uri string) error {
+	_, err := parseAddress(uri)
+	return err
+}
+
+// maxSocketPath is the room for a path in a sockaddr_un(7), bytes.
+const maxSocketPath = 107
+
+func parseAddress(uri string) (nbdproto.URI, error) {
+	u, err := nbdproto.ParseURI(uri)
+	if err != nil {
+		return u, block.E("nbd.listen", "", block.KindInvalid, err)
+	}
+	bad := func(format string, a ...any) (nbdproto.URI, error) {
+		return u, block.E("nbd.listen", uri, block.KindInvalid, fmt.Errorf(format, a...))
+	}
+	switch {
+	case u.Export != "":
+		return bad("an address to listen on names no export; leave %q out", u.Export)
+	case len(u.Query) > 0:
+		return bad("parameters are for clients; leave %q out", u.Query.Encode())
+	case u.Unix && len(u.Addr) > maxSocketPath:
+		return bad("the socket's path has %d bytes, the system allows %d: use a shorter one", len(u.Addr), maxSocketPath)
+	}
+	return u, nil
 }
 
 // removeStale removes a socket that a process left behind which did not live

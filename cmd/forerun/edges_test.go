@@ -1,0 +1,75 @@
+package main
+
+import (
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"forerun/api"
+)
+
+// TestOneVolumeDoesNotHoldBackAnother: a volume that the backend does not have
+// (yet, or any more) is that volume's problem alone.
+func TestOneVolumeDoesNotHoldBackAnother(t *testing.T) {
+	need(t, "nbdcopy")
+	s := newSite(t)
+	a, b := s.disk("a.raw", 8*mib, 1), s.disk("b.raw", 8*mib, 2)
+	s.startBackend("a="+a, "b="+b)
+	s.startFrontend([]string{"a"})
+	s.awaitFilled("a")
+	s.frontend.end(t, syscall.SIGTERM)
+	s.backend.end(t, syscall.SIGTERM)
+	// With no backend, a new volume waits, and what is here is served.
+	s.startFrontend([]string{"b", "a"})
+	output(t, "nbdcopy", s.uri("a"), s.path("a.out"))
+	same(t, a, s.path("a.out"))
+	if v := s.status("b"); v.Phase != api.PhaseStarting || v.Waiting == "" {
+		t.Errorf("%s, waiting %q", v.Phase, v.Waiting)
+	}
+	// With a backend that has the one and not the other, both go on.
+	s.startBackend("b=" + b)
+	s.await(s.frontend, func() bool { return s.status("b").Phase == api.PhaseFilled })
+	output(t, "nbdcopy", s.uri("b"), s.path("b.out"))
+	same(t, b, s.path("b.out"))
+	output(t, "nbdcopy", s.uri("a"), s.path("a.out"))
+	s.frontend.end(t, syscall.SIGTERM)
+}
+
+// TestMistakesAreToldAtOnce: what can be seen from the command line alone does
+// not wait for the backend.
+func TestMistakesAreToldAtOnce(t *testing.T) {
+	s := newSite(t)
+	front := []string{"frontend", "--pki", s.path("pki"), "--name", "new", "--state", s.path("f"), "--backend", "127.0.0.1:1", "--volume", "v"}
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{append(front, "--export", "tcp://x"), "NBD URI"},
+		{append(front, "--export", "nbd+unix:///"), "socket"},
+		{append(front, "--export", "nbd+unix:///?socket=/"+strings.Repeat("x", 120)), "107"},
+		{append(front, "--export", "nbd://localhost/v"), "names no export"},
+		{append(front, "--export", "nbd://localhost", "--state", ""), "--state"},
+		{[]string{"backend", "--pki", s.path("pki"), "--name", "old", "--state", s.path("b"), "--listen", "", "--volume", "v=x"}, "--listen"},
+		{[]string{"backend", "--pki", s.path("pki"), "--name", "old", "--state", s.path("b"), "--listen", ":0", "--volume", "..=x"}, ".."},
+		{[]string{"fill", "stop"}, "stop"},
+		{[]string{"pki", "issues"}, "issues"},
+		{[]string{"status", "--state", s.dir, "--watch", "--interval", "0"}, "--interval"},
+	} {
+		done := make(chan struct{})
+		cmd := exec.Command(binary, c.args...)
+		go func() {
+			select {
+			case <-done:
+			case <-time.After(30 * time.Second):
+				_ = cmd.Process.Kill()
+			}
+		}()
+		out, err := cmd.CombinedOutput()
+		close(done)
+		if err == nil || !strings.Contains(string(out), c.want) || strings.Contains(string(out), "panic") {
+			t.Errorf("%q: %v\n%s", c.args, err, out)
+		}
+	}
+}
