@@ -11,7 +11,8 @@ import (
 )
 
 func pkiCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "pki", Short: "Make the certificates that both sides verify"}
+	cmd := &cobra.Command{Use: "pki", Short: "Make the certificates that both sides verify", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	cmd.AddCommand(pkiInitCommand(), pkiIssueCommand())
 	return cmd
 }

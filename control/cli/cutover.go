@@ -95,12 +95,15 @@ func followCutover(ctx context.Context, c *client.Client, volume string, w io.Wr
 		case "switched":
 			return v, nil
 		case "not-converging", "failed", "canceled", "stopped", "idle":
-			text := v.Cutover.Error
+			state, text := v.Cutover.State, v.Cutover.Error
+			if state == "idle" { // it was under way, so somebody called it off
+				state = "canceled"
+			}
 			if text == "" {
 				text = "the source is primary"
 			}
 			return v, &block.Error{Op: "cutover", Object: volume, Kind: block.KindBusy,
-				Err: fmt.Errorf("%s: %s", v.Cutover.State, text)}
+				Err: fmt.Errorf("%s: %s", state, text)}
 		}
 		select {
 		case <-ctx.Done():

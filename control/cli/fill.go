@@ -14,6 +14,8 @@ func fillCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "fill pause|resume|limit --state DIR --volume NAME [--rate BYTES/s]",
 		Short: "Pause, resume or limit a volume's background transfer",
+		Args:  cobra.NoArgs, // and so an action that is not there is an error
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	for _, a := range []struct{ action, short string }{
 		{"pause", "Stop the background transfer; the workload goes on reading on demand"},

@@ -30,6 +30,9 @@ func statusCommand() *cobra.Command {
 			if !watch {
 				return once()
 			}
+			if interval <= 0 {
+				return fmt.Errorf("--interval %v is no time; example: 1s", interval)
+			}
 			tick := time.NewTicker(interval)
 			defer tick.Stop()
 			for {
