@@ -22,7 +22,9 @@ type outbox struct {
 	dispatched atomic.Int32
 }
 
-// admit waits until there is room for r and counts it.
+// admit waits until there is room for r and counts it. It fails when nobody is
+// left to answer: what a client that is gone has asked for may be much, and
+// lies here read already.
 func (c *conn) admit(r *request) error {
 	o := &c.out
 	r.cost = r.needs()
@@ -39,6 +41,10 @@ func (c *conn) admit(r *request) error {
 		o.stuck = true
 		o.room.Wait()
 		o.stuck = false
+	}
+	if o.dead {
+		o.mu.Unlock()
+		return errGone
 	}
 	o.count++
 	o.bytes += r.cost

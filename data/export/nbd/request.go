@@ -193,8 +193,14 @@ func (r *request) serve() {
 	}
 }
 
-// rest serves what is not quick.
+// rest serves what is not quick. Bytes for a client that is gone are not read.
 func (r *request) rest() error {
+	switch r.typ {
+	case nbdproto.CmdRead, nbdproto.CmdCache, nbdproto.CmdBlockStatus:
+		if r.c.ctx.Err() != nil {
+			return context.Cause(r.c.ctx)
+		}
+	}
 	switch r.typ {
 	case nbdproto.CmdRead:
 		if r.n == 0 {

@@ -628,6 +628,39 @@ func TestClientDies(t *testing.T) {
 	}
 }
 
+// TestDeadClientsQueue: what a client asked for before it died, and the server
+// has read from the socket, is not served to nobody.
+func TestDeadClientsQueue(t *testing.T) {
+	m := newMem(1<<20, 1)
+	var served atomic.Int32
+	died := make(chan struct{})
+	m.gate = func(context.Context, string, int64, int64, block.Flags) error { // as of data that is here
+		<-died
+		served.Add(1)
+		return nil
+	}
+	s, l := start(t, Options{Exports: table{"": m}, MaxBuffer: 4 << 20})
+	c := dial(t, l)
+	c.open("", true)
+	var b []byte
+	for i := range 2000 {
+		b = nbdproto.Request{Type: nbdproto.CmdRead, Cookie: uint64(i), Length: 1 << 20}.Append(b)
+	}
+	c.write(b)
+	c.nc.Close()
+	time.Sleep(10 * time.Millisecond)
+	close(died)
+	for i := 0; s.Stats().Connections > 0; i++ {
+		if i > 1000 {
+			t.Fatal("the connection does not end")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if n := served.Load(); n > 100 {
+		t.Errorf("%d requests were served after their client had died", n)
+	}
+}
+
 func TestDisconnect(t *testing.T) {
 	s, l := start(t, Options{Exports: table{"a": newMem(1<<20, 1), "b": newMem(1<<20, 1)}})
 	a, b := dial(t, l), dial(t, l)

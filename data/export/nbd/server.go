@@ -210,7 +210,7 @@ func (s *Server) serve(ss *session, forceTLS bool) {
 	chosen, err := h.run()
 	if err != nil || chosen == nil {
 		if err != nil && !errors.Is(err, io.EOF) {
-			s.log.Debug("nbd: handshake failed", "peer", peer(ss.nc), "err", err)
+			s.log.Warn("nbd: a client was not let in", "peer", peer(ss.nc), "err", err)
 		}
 		s.forget(ss)
 		(&stream{nc: h.nc}).close()
