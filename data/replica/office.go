@@ -234,7 +234,7 @@ func (v *Volume) tend(r *reign) {
 		v.mu.Lock()
 		next, shun := r.next, r.shun
 		v.mu.Unlock()
-		if v.cfg.Peer != nil && !shun && !time.Now().Before(next) {
+		if v.cfg.Peer != nil && !shun && !v.parted.Load() && !time.Now().Before(next) {
 			s, err := v.open(r)
 			if err == nil {
 				told = false
@@ -260,7 +260,8 @@ func (v *Volume) goAlone(r *reign) {
 		return
 	}
 	peer := v.cfg.Peer != nil
-	degrade := !peer || v.cfg.OnPeerLoss == Degrade
+	parted := v.parted.Load()
+	degrade := !peer || parted || v.cfg.OnPeerLoss == Degrade
 	patience := grace
 	if !degrade {
 		if st.settled {
@@ -269,7 +270,7 @@ func (v *Volume) goAlone(r *reign) {
 		patience = recovery
 	}
 	sole := rec.Alone(v.cfg.Node) && !v.cfg.Fence.Doubt()
-	if !peer || sole || shun {
+	if !peer || sole || shun || parted {
 		patience = 0
 	}
 	if time.Since(lost) < patience {
@@ -292,7 +293,7 @@ func (v *Volume) goAlone(r *reign) {
 			v.reason = "the other node is out: " + v.reason
 		}
 		v.updateLocked(func(s *standing) {
-			s.alone, s.sync, s.sole, s.settled, s.open = degrade, peer, true, true, r.free && !s.leaving
+			s.alone, s.sync, s.sole, s.settled, s.open = degrade, peer && !parted, true, true, r.free && !s.leaving
 		})
 	}
 	v.mu.Unlock()

@@ -64,7 +64,11 @@ func pairTest(t *testing.T, seed uint64, base []byte) {
 	w.nodes[1].start()
 	l := newLoad(w, seed)
 	nap := func(d time.Duration) { time.Sleep(time.Duration(r.Int64N(int64(d)))) }
-	for range 25 {
+	events := 25
+	if testing.Short() {
+		events = 10
+	}
+	for range events {
 		nap(3 * time.Second)
 		n := w.nodes[r.IntN(2)]
 		power := r.IntN(3) == 0

@@ -202,11 +202,13 @@ func TestGate(t *testing.T) {
 		if err := g.enter(ctx, closing); err != errClosed {
 			t.Fatal(err)
 		}
+		synctest.Wait()
 		if log.Len() > 0 {
 			t.Fatal(log.String())
 		}
 		g.leave()
 		time.Sleep(2 * time.Second)
+		synctest.Wait()
 		if log.String() != "closed open in" {
 			t.Fatal(log.String())
 		}

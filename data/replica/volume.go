@@ -32,6 +32,7 @@ type Volume struct {
 	opening chan struct{} // one place: who begins a session here
 	forward forwarder
 	guests  guests
+	parted  atomic.Bool   // the other node is left behind
 	writes  atomic.Uint64 // replicated ones that ended
 
 	life    sync.RWMutex // held for reading during calls of clients and of the peer

@@ -57,6 +57,14 @@ func opName(typ uint8) string {
 
 // WriteAt stores p at both nodes.
 func (v *Volume) WriteAt(ctx context.Context, p []byte, off int64, f block.Flags) error {
+	if v.solo {
+		if err := v.gate.enter(ctx, v.closing); err != nil {
+			return v.tell("write", err)
+		}
+		err := v.cfg.Local.WriteAt(ctx, p, off, f)
+		v.gate.leave()
+		return err
+	}
 	return v.change(ctx, change{typWrite, p, off, int64(len(p)), f})
 }
 
@@ -76,7 +84,7 @@ func (v *Volume) Trim(ctx context.Context, off, n int64, f block.Flags) error {
 func (v *Volume) change(ctx context.Context, c change) error {
 	if v.solo {
 		if err := v.gate.enter(ctx, v.closing); err != nil {
-			return block.E("replica."+opName(c.typ), v.cfg.Volume, 0, err)
+			return v.tell(opName(c.typ), err)
 		}
 		err := c.do(ctx, v.cfg.Local, c.f)
 		v.gate.leave()
