@@ -148,7 +148,7 @@ func (f *Frontend) attend(ctx context.Context, nc net.Conn, _, name string) {
 func (f *Frontend) aboutVolume(name string) ([]byte, error) {
 	a := about{Volume: name, Ended: f.ended(name)}
 	if v := f.volume(name); v != nil {
-		a.Whole = v.Whole()
+		a.Whole = !v.Switched() && v.Whole() // a native target is not a place to fill from
 	}
 	return json.Marshal(a)
 }

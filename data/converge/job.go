@@ -29,6 +29,11 @@ type Options struct {
 	OpenTarget func(path string, size int64, create bool) (block.Device, error)
 	// Ready says why the copy may not begin yet; nil when all data is here.
 	Ready func() error
+	// BeforeSwitch, if set, is called before the gate closes: what must be so
+	// when the target is primary. Its error, with KindUnavailable, puts the
+	// cut-over off. NotSwitched is called when the switch was not made after all.
+	BeforeSwitch func(ctx context.Context) error
+	NotSwitched  func()
 	// Reserved are files and directories a target must not be, or be in.
 	Reserved []string
 	// PauseLimit bounds how long the gate may be closed before the cut-over is
@@ -377,6 +382,19 @@ var errGrown = errors.New("the changeset grew while the gate was closing")
 func (j *Job) cutOver(ctx context.Context, c *copier, target block.Device, req Request) (state State, again bool, err error) {
 	t := j.opt.Tracker
 	j.setState(Cutting, "")
+	if j.opt.BeforeSwitch != nil {
+		if err := j.opt.BeforeSwitch(ctx); err != nil {
+			j.log.Warn("cut-over put off", "error", err)
+			return Failed, block.KindOf(err) == block.KindUnavailable && ctx.Err() == nil, err
+		}
+	}
+	if j.opt.NotSwitched != nil {
+		defer func() {
+			if state != Switched && state != Undecided {
+				j.opt.NotSwitched()
+			}
+		}()
+	}
 	urgent := *c
 	urgent.urgent = true
 	limited, cancel := context.WithTimeoutCause(ctx, j.opt.PauseLimit,

@@ -81,6 +81,8 @@ func (v *Volume) openCutover(plan converge.Plan) (err error) {
 		FS: v.opts.FS, Dir: v.opts.Dir, Switch: v.sw, Log: v.opts.Log,
 		Reserved: v.opts.Reserved,
 		Ready:    v.ready,
+		// The target is this node's alone: the other must not take over.
+		BeforeSwitch: v.rep.Part, NotSwitched: v.rep.Rejoin,
 		OpenTarget: func(path string, size int64, create bool) (block.Device, error) {
 			return openTarget(context.Background(), path, size, create)
 		},
