@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"strconv"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -100,6 +103,24 @@ func pairCmds(log *slog.Logger) []*cobra.Command {
 			Hidden: true,
 			Args:   cobra.ExactArgs(1),
 			RunE:   func(cmd *cobra.Command, args []string) error { return pair.FloorPeer(cmd.Context(), args[0]) },
+		},
+		{
+			Use:    "floor-raw HOST:PORT FILE DEPTH DURATION",
+			Short:  "The floor of bench-pair without a disk around it; prints the median and p99 in microseconds",
+			Hidden: true,
+			Args:   cobra.ExactArgs(4),
+			RunE: func(_ *cobra.Command, args []string) error {
+				depth, err1 := strconv.Atoi(args[2])
+				length, err2 := time.ParseDuration(args[3])
+				if err := errors.Join(err1, err2); err != nil {
+					return err
+				}
+				p50, p99, err := pair.FloorRaw(args[0], args[1], depth, length)
+				if err == nil {
+					fmt.Println(p50.Microseconds(), p99.Microseconds())
+				}
+				return err
+			},
 		},
 		{
 			Use:    "floor SOCKET HOST:PORT FILE BYTES",

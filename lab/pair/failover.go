@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -117,9 +119,12 @@ func (k *run) pair(c Config) (*Pair, error) {
 func (p *Pair) Words() error {
 	var errs []error
 	for _, n := range []*Node{p.Backend, p.A, p.B, p.Proxy} {
-		if n != nil && n.Proc != nil {
-			errs = append(errs, n.Trouble("was there"))
+		if n == nil || n.Proc == nil {
+			continue
 		}
+		text, _ := os.ReadFile(n.Log)
+		lines := strings.SplitAfter(strings.TrimSpace(string(text)), "\n")
+		errs = append(errs, fmt.Errorf("the end of %s:\n%s", n.Log, strings.Join(lines[max(0, len(lines)-5):], "")))
 	}
 	return errors.Join(errs...)
 }

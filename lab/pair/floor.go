@@ -9,7 +9,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
+	"time"
 
 	"forerun/block"
 	"forerun/data/export/nbd"
@@ -83,8 +85,9 @@ func Floor(ctx context.Context, socket, addr, file string, size int64) error {
 		return err
 	}
 	defer f.Close()
-	d := &floorDevice{conn: conn, file: f, size: size, waiting: map[uint64]chan struct{}{}}
+	d := &floorDevice{conn: conn, file: f, size: size, queue: make(chan [2][]byte, 1024), waiting: map[uint64]chan struct{}{}}
 	go d.receive()
+	go d.sendAll(ctx)
 	s := nbd.NewServer(nbd.Options{Exports: floorExports{d}, Log: slog.New(slog.DiscardHandler)})
 	ln, err := s.Listen("nbd+unix:///?socket=" + socket)
 	if err != nil {
@@ -93,16 +96,71 @@ func Floor(ctx context.Context, socket, addr, file string, size int64) error {
 	return s.Serve(ctx, ln)
 }
 
+// FloorRaw is the floor without a disk and a client around it: a loop with
+// depth writes of 4 KiB under way to the peer at addr, each of which is appended
+// to file when it is answered. It tells the median and the 99th percentile.
+func FloorRaw(addr, file string, depth int, length time.Duration) (p50, p99 time.Duration, err error) {
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer c.Close()
+	f, err := os.Create(file)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer f.Close()
+	msg := make([]byte, floorHead+4096)
+	binary.BigEndian.PutUint32(msg[8:], 4096)
+	sent := make([]time.Time, depth)
+	send := func(i int) error {
+		binary.BigEndian.PutUint64(msg, uint64(i))
+		sent[i] = time.Now()
+		_, err := c.Write(msg)
+		return err
+	}
+	for i := range depth {
+		if err := send(i); err != nil {
+			return 0, 0, err
+		}
+	}
+	in := bufio.NewReader(c)
+	var took []time.Duration
+	var id [8]byte
+	at := int64(0)
+	for end := time.Now().Add(length); time.Now().Before(end); {
+		if _, err := io.ReadFull(in, id[:]); err != nil {
+			return 0, 0, err
+		}
+		i := int(binary.BigEndian.Uint64(id[:]))
+		if i >= depth {
+			return 0, 0, errors.New("an answer to nothing")
+		}
+		if _, err := f.WriteAt(msg[floorHead:], at%(256<<20)); err != nil {
+			return 0, 0, err
+		}
+		at += 4096
+		took = append(took, time.Since(sent[i]))
+		if err := send(i); err != nil {
+			return 0, 0, err
+		}
+	}
+	slices.Sort(took)
+	if len(took) == 0 {
+		return 0, 0, errors.New("no answer came")
+	}
+	return took[len(took)/2], took[len(took)*99/100], nil
+}
+
 type floorExports struct{ d *floorDevice }
 
 func (e floorExports) Lookup(string) (block.Device, string, error) { return e.d, "the floor", nil }
 func (e floorExports) List() []string                              { return []string{"vol"} }
 
 type floorDevice struct {
-	conn net.Conn
-	size int64
-
-	send sync.Mutex // one write at a time on the wire
+	conn  net.Conn
+	size  int64
+	queue chan [2][]byte // heads and bytes to be sent
 
 	mu      sync.Mutex
 	next    uint64
@@ -129,11 +187,35 @@ func (d *floorDevice) receive() {
 	}
 }
 
+// sendAll writes as much at once as is queued.
+func (d *floorDevice) sendAll(ctx context.Context) {
+	for {
+		var b net.Buffers
+		select {
+		case <-ctx.Done():
+			return
+		case w := <-d.queue:
+			b = append(b, w[0], w[1])
+		}
+		for more := true; more && len(b) < 64; {
+			select {
+			case w := <-d.queue:
+				b = append(b, w[0], w[1])
+			default:
+				more = false
+			}
+		}
+		if _, err := b.WriteTo(d.conn); err != nil {
+			return
+		}
+	}
+}
+
 func (d *floorDevice) Info() block.Info {
 	return block.Info{Size: d.size, BlockSize: 512, MaxIO: 1 << 20}
 }
 
-func (d *floorDevice) WriteAt(ctx context.Context, p []byte, _ int64, _ block.Flags) error {
+func (d *floorDevice) WriteAt(_ context.Context, p []byte, _ int64, _ block.Flags) error {
 	answered := make(chan struct{})
 	d.mu.Lock()
 	d.next++
@@ -145,17 +227,8 @@ func (d *floorDevice) WriteAt(ctx context.Context, p []byte, _ int64, _ block.Fl
 	head := make([]byte, floorHead)
 	binary.BigEndian.PutUint64(head, id)
 	binary.BigEndian.PutUint32(head[8:], uint32(len(p)))
-	d.send.Lock()
-	_, err := (&net.Buffers{head, p}).WriteTo(d.conn)
-	d.send.Unlock()
-	if err != nil {
-		return block.E("floor.write", "peer", block.KindUnavailable, err)
-	}
-	select {
-	case <-answered:
-	case <-ctx.Done():
-		return block.E("floor.write", "peer", block.KindUnavailable, ctx.Err())
-	}
+	d.queue <- [2][]byte{head, p}
+	<-answered // p is on the wire until then
 	if _, err := d.file.WriteAt(p, at); err != nil {
 		return block.E("floor.write", d.file.Name(), block.KindIO, err)
 	}

@@ -41,7 +41,7 @@ func Write(ctx context.Context, o WriteOptions, r Report) (err error) {
 		return err
 	}
 	k.atEnd(line.Close)
-	w := writeRun{run: k, o: o, line: line, got: map[string][]fioWrites{}}
+	w := writeRun{run: k, o: o, line: line, got: map[string][]fioWrites{}, raw: map[int][]float64{}}
 	if err := w.measure(); err != nil {
 		return err
 	}
@@ -54,13 +54,14 @@ type writeRun struct {
 	o    WriteOptions
 	line *netns.Line
 	got  map[string][]fioWrites
+	raw  map[int][]float64 // of the floor without a client, p50 in us, by depth
 }
 
 // What is measured.
 const (
 	onFloor = "floor"
 	onPair  = "pair"
-	onAlone = "one frontend"
+	onAlone = "alone"
 )
 
 var depths = []int{1, 32}
@@ -101,7 +102,17 @@ func (w *writeRun) measure() error {
 				w.got[key] = append(w.got[key], f)
 				said += fmt.Sprintf("  %s p50 %.0f us, %.0f IO/s", s.name, f.p50(), f.IOPS)
 			}
-			w.Say("round %d, depth %d:%s", round+1, depth, said)
+			raw, err := output(w.ctx, "nsenter", "--net=/run/netns/"+w.line.Source.Name, "--", w.o.Lab, "floor-raw", w.line.Target.Addr+":7500",
+				w.path("raw.log"), fmt.Sprint(depth), w.o.Each.String())
+			if err != nil {
+				return err
+			}
+			var p50 float64
+			if _, err := fmt.Sscan(raw, &p50); err != nil {
+				return fmt.Errorf("floor-raw printed %q: %w", raw, err)
+			}
+			w.raw[depth] = append(w.raw[depth], p50)
+			w.Say("round %d, depth %d:%s  raw p50 %.0f us", round+1, depth, said, p50)
 		}
 	}
 	if first, _, err := p.Primary(w.ctx, "vol"); err != nil || first != p.A {
@@ -184,7 +195,9 @@ func (w *writeRun) judge() {
 			w.Measure(fmt.Sprintf("depth %d: %s", depth, name), median(iops), "IO/s")
 		}
 		w.AtMost(fmt.Sprintf("depth %d: p50 pair / floor", depth), p50(onPair, depth)/p50(onFloor, depth), 1.3, "x")
-		w.Measure(fmt.Sprintf("depth %d: p50 pair / (one frontend + round trip)", depth),
+		w.Measure(fmt.Sprintf("depth %d: raw floor p50", depth), median(w.raw[depth]), "us")
+		w.Measure(fmt.Sprintf("depth %d: p50 pair / raw floor", depth), p50(onPair, depth)/median(w.raw[depth]), "x")
+		w.Measure(fmt.Sprintf("depth %d: p50 pair / (alone + round trip)", depth),
 			p50(onPair, depth)/(p50(onAlone, depth)+float64(w.o.Apart.Microseconds())), "x")
 	}
 }
