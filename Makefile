@@ -65,6 +65,12 @@ bench-pair: setup build ## replicated writes against their floor, write-back aga
 	$(LAB) bench-pair
 	$(LAB) bench-writeback
 
+sim: build ## 10,000 seeded simulations of a pair, about 10 minutes on 2 cores
+	$(LAB) sim --seeds 10000
+
+sim-nightly: build ## 1,000,000 of them, other seeds each day: about 12 hours on 2 cores
+	$(LAB) sim --seeds 1000000 --from $$(( $$(date +%s) / 86400 * 1000000 ))
+
 long: setup build ## the end-to-end tests with 1 GiB in 64 TiB and a link cut for a minute
 	FORERUN_LONG=1 $(GO) test -count=1 -timeout 20m -v -run 'Huge|LinkCut' ./cmd/forerun
 

@@ -22,8 +22,9 @@
 //     both are lost, a sector holds the newest write that was durable (flushed,
 //     FUA, or acknowledged by a node that was alone under the policy degrade) or
 //     one behind it; which, the first read decides for good.
-//   - Whoever acknowledges does so in an epoch that was the newest granted at
-//     some moment while the request was under way.
+//   - Whoever acknowledges does so in an epoch that was granted, and that was
+//     the newest in force at some moment while the request was under way. An
+//     epoch is in force from when the node that got it knows.
 //   - The sources, all volumes of the group together, are one cut of the
 //     history: what is in them has everything in front of it that was
 //     acknowledged before it began, and each write is in them whole. When

@@ -3,7 +3,9 @@ package sim
 import (
 	"fmt"
 	"math"
+	"sort"
 	"sync"
+	"time"
 )
 
 const never = math.MaxInt64
@@ -13,7 +15,8 @@ const never = math.MaxInt64
 // comment for the rules. The first violation stays.
 type History struct {
 	mu     sync.Mutex
-	now    int64 // moments: one for each thing that happened
+	now    int64       // moments: one for each thing that happened
+	times  []time.Time // of the moments
 	size   int64
 	vols   []*record
 	writes []*write // by id - 1
@@ -34,7 +37,8 @@ type record struct {
 	grants  []grant // in order
 }
 
-type grant struct{ epoch, at int64 }
+// grant is an epoch: when it was granted, known to who has it, and answered in.
+type grant struct{ epoch, at, took, served int64 }
 
 // write is one write of a client, whatever it took to get it acknowledged.
 type write struct {
@@ -45,6 +49,7 @@ type write struct {
 	fua        bool
 	synced     bool  // promised to be durable for another reason
 	begin, end int64 // end is never until it is acknowledged
+	tries      int   // how often it was sent
 	lost       bool  // not durable in a loss: it may be gone
 }
 
@@ -110,11 +115,26 @@ func (h *History) Stats() HistoryStats {
 	return h.stats
 }
 
+func (h *History) tick() {
+	h.now++
+	h.times = append(h.times, time.Now())
+}
+
+// Around gives the last moment that is surely before a time, and the first one
+// that is surely behind it.
+func (h *History) Around(t time.Time) (before, behind int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	i := sort.Search(len(h.times), func(i int) bool { return !h.times[i].Before(t) })
+	j := sort.Search(len(h.times), func(i int) bool { return h.times[i].After(t) })
+	return int64(i), int64(j) + 1
+}
+
 // Now is the present moment; everything noted later is behind it.
 func (h *History) Now() int64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.now++
+	h.tick()
 	return h.now
 }
 
@@ -123,7 +143,7 @@ func (h *History) Now() int64 {
 func (h *History) BeginWrite(vol int, off, n int64, p []byte, fua bool) *write {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.now++
+	h.tick()
 	h.stats.Writes++
 	w := &write{id: len(h.writes) + 1, vol: vol, from: off / Sector, to: (off + n) / Sector,
 		zero: p == nil, fua: fua, begin: h.now, end: never}
@@ -138,12 +158,19 @@ func (h *History) BeginWrite(vol int, off, n int64, p []byte, fua bool) *write {
 	return w
 }
 
+// Try notes that a write is being sent, for the first time or again.
+func (h *History) Try(w *write) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	w.tries++
+}
+
 // EndWrite notes that it was acknowledged; synced: with the promise that it is
 // durable.
 func (h *History) EndWrite(w *write, synced bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.now++
+	h.tick()
 	h.stats.Acked++
 	w.end, w.synced = h.now, synced
 	for s := w.from; s < w.to; s++ {
@@ -161,7 +188,7 @@ func (h *History) EndWrite(w *write, synced bool) {
 func (h *History) EndFlush(vol int, begin int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.now++
+	h.tick()
 	h.stats.Flushes++
 	h.vols[vol].flushed = max(h.vols[vol].flushed, begin)
 }
@@ -170,7 +197,7 @@ func (h *History) EndFlush(vol int, begin int64) {
 func (h *History) EndRead(vol int, off int64, p []byte, begin int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.now++
+	h.tick()
 	h.stats.Reads++
 	for at := int64(0); at < int64(len(p)); at += Sector {
 		h.read(vol, (off+at)/Sector, p[at:][:Sector], begin)
@@ -261,7 +288,7 @@ func (h *History) conflict(vol int, s int64, c *cell, v *version) {
 		return
 	}
 	for _, o := range c.versions {
-		if o == v || o.w.zero {
+		if o == v || o.w.zero || twice(v.w, o.w) || twice(o.w, v.w) {
 			continue
 		}
 		g, m := o.zone()
@@ -275,6 +302,10 @@ func (h *History) conflict(vol int, s int64, c *cell, v *version) {
 		}
 	}
 }
+
+// twice says that w may have happened before and after u: it was sent more than
+// once, and u was under way at the same time.
+func twice(w, u *write) bool { return w.tries > 1 && w.begin < u.end && u.begin < w.end }
 
 // String names the write for messages.
 func (w *write) String() string {
@@ -315,7 +346,7 @@ func (r *record) durable(w *write) bool {
 func (h *History) Lose(vol int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.now++
+	h.tick()
 	h.stats.Losses++
 	r := h.vols[vol]
 	for s := range r.sectors {
@@ -359,7 +390,7 @@ func (h *History) Lose(vol int) {
 func (h *History) Granted(vol int, epoch int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.now++
+	h.tick()
 	r := h.vols[vol]
 	if n := len(r.grants); n > 0 && r.grants[n-1].epoch >= epoch {
 		if r.grants[n-1].epoch > epoch {
@@ -367,24 +398,42 @@ func (h *History) Granted(vol int, epoch int64) {
 		}
 		return
 	}
-	r.grants = append(r.grants, grant{epoch, h.now})
+	r.grants = append(r.grants, grant{epoch, h.now, never, never})
+}
+
+// Took notes that the node which was granted an epoch knows of it. Until then
+// nobody can act in it, and the node itself keeps its word to the one before.
+func (h *History) Took(vol int, epoch int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for i, g := range h.vols[vol].grants {
+		if g.epoch == epoch && g.took == never {
+			h.tick()
+			h.vols[vol].grants[i].took = h.now
+		}
+	}
 }
 
 // Served judges the epoch in which a node answered something that began at
-// that moment: it must have been the newest at some moment since.
+// that moment: it was granted, the next one was not in force before that
+// moment, and nothing had been answered in a later one.
 func (h *History) Served(vol int, node string, epoch, begin int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := h.vols[vol]
+	known := false
 	for i, g := range r.grants {
-		if g.epoch != epoch {
-			continue
+		switch {
+		case g.epoch == epoch:
+			known = true
+			r.grants[i].served = min(g.served, h.now)
+		case g.epoch < epoch:
+		case g.took < begin, g.served < begin:
+			h.fail("volume %d: node %s acknowledged at %d in epoch %d what began at %d, when epoch %d was in force since %d and answered since %d",
+				vol, node, h.now, epoch, begin, g.epoch, g.took, g.served)
 		}
-		if i+1 < len(r.grants) && r.grants[i+1].at < begin {
-			h.fail("volume %d: node %s acknowledged at %d in epoch %d what began at %d, when epoch %d had been granted at %d",
-				vol, node, h.now, epoch, begin, r.grants[i+1].epoch, r.grants[i+1].at)
-		}
-		return
 	}
-	h.fail("volume %d: node %s acknowledged at %d in epoch %d, which nobody granted", vol, node, h.now, epoch)
+	if !known {
+		h.fail("volume %d: node %s acknowledged at %d in epoch %d, which nobody granted", vol, node, h.now, epoch)
+	}
 }

@@ -10,7 +10,7 @@ import "fmt"
 func (h *History) Image(images [][]byte, after, before int64) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.now++
+	h.tick()
 	h.stats.Images++
 	type place struct {
 		w    *write

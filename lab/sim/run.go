@@ -70,6 +70,7 @@ func run(s Schedule, make func(Schedule, *History, *Log) (cluster, error)) (res 
 	defer func() {
 		d.stop()
 		c.close()
+		d.busy.Wait()
 		d.all.Wait()
 		res.Stats, res.Stall = h.Stats(), d.stall
 		if res.Err == nil {
@@ -298,12 +299,14 @@ func (d *driver) client(vol int, r *rand.Rand) {
 			p := make([]byte, size)
 			w := d.h.BeginWrite(vol, off, size, p, f != 0)
 			d.until(&node, vol, r, func(ctx context.Context, dev block.Device) (func(int64), error) {
+				d.h.Try(w)
 				return nil, dev.WriteAt(ctx, p, off, f)
 			}, func(synced bool) { d.h.EndWrite(w, synced) })
 		case k == 10:
 			w := d.h.BeginWrite(vol, off, size, nil, false)
 			trim := r.IntN(2) == 0
 			d.until(&node, vol, r, func(ctx context.Context, dev block.Device) (func(int64), error) {
+				d.h.Try(w)
 				if trim {
 					return nil, dev.Trim(ctx, off, size, 0)
 				}
@@ -388,10 +391,14 @@ func (d *driver) until(node *int, vol int, r *rand.Rand, try func(context.Contex
 			d.mu.Unlock()
 			return
 		}
-		d.pause(5 * time.Millisecond)
 		*node = 1 - *node
+		d.pause(moveAfter)
 	}
 }
+
+// moveAfter is how long a client waits before it repeats at one node what it
+// sent to the other: what that one had forwarded is too old by then to be done.
+const moveAfter = 1200 * time.Millisecond
 
 // attempt is one try of a request. It is answered or given up, whichever
 // comes first.

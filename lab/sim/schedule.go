@@ -19,7 +19,7 @@ const (
 	machines = 4
 )
 
-var machineNames = [machines]string{"a", "b", "backend", "arbiter"}
+var machineNames = [machines]string{"node-a", "node-b", "backend", "arbiter"}
 
 // Fault is a kind of thing that happens to a run.
 type Fault uint8
@@ -77,16 +77,20 @@ type Schedule struct {
 	WANRTT   time.Duration // to the backend
 	Degrade  bool          // on loss of the peer: degrade, else wait
 	Remote   bool          // the arbiter has a machine of its own
-	Rate     [2]float64    // how fast the nodes' clocks run
+	Rate     float64       // how fast the arbiter's clock runs, by the nodes'
 	Disaster bool          // in the end both nodes are gone for good
+	Filled   bool          // the nodes have everything at first
+	Journal  int64         // most bytes of a volume's journal
+	Interval time.Duration // between checkpoints
+	FailBack time.Duration // until the primary goes home, 0 for never
 	Events   []Event
 }
 
 // String prints the schedule.
 func (s Schedule) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "seed %d: %d volumes, %d clients each, %v long, pause %v, rtt %v, wan %v, degrade %v, own arbiter %v, clocks %.3f %.3f, disaster %v\n",
-		s.Seed, s.Volumes, s.Clients, s.Length, s.Pause, s.RTT, s.WANRTT, s.Degrade, s.Remote, s.Rate[0], s.Rate[1], s.Disaster)
+	fmt.Fprintf(&b, "seed %d: %d volumes, %d clients each, %v long, pause %v, rtt %v, wan %v, degrade %v, own arbiter %v, clock %.3f, disaster %v, filled %v, journal %d, interval %v, fail-back %v\n",
+		s.Seed, s.Volumes, s.Clients, s.Length, s.Pause, s.RTT, s.WANRTT, s.Degrade, s.Remote, s.Rate, s.Disaster, s.Filled, s.Journal, s.Interval, s.FailBack)
 	for _, e := range s.Events {
 		fmt.Fprintln(&b, e)
 	}
@@ -104,7 +108,9 @@ func Plan(seed uint64) Schedule {
 	s := Schedule{
 		Seed: seed, Volumes: 1 + r.IntN(2), Clients: 1 + r.IntN(3), Length: ms(4000, 16000), Pause: ms(40, 400),
 		RTT: ms(0, 4), WANRTT: ms(1, 60), Degrade: r.IntN(4) > 0, Remote: r.IntN(3) > 0, Disaster: r.IntN(3) == 0,
-		Rate: [2]float64{1 + (r.Float64()-0.5)/25, 1 + (r.Float64()-0.5)/25},
+		Rate: 1 + (r.Float64()-0.5)/4, Filled: r.IntN(2) == 0,
+		Journal: []int64{256 << 10, 512 << 10, 4 << 20}[r.IntN(3)], Interval: ms(300, 4000),
+		FailBack: []time.Duration{0, 0, 2 * time.Second}[r.IntN(3)],
 	}
 	weights := make([]int, faults)
 	total := 0
@@ -185,7 +191,7 @@ func Shrink(s Schedule, fails func(Schedule) bool) Schedule {
 	for _, change := range []func(*Schedule){
 		func(s *Schedule) { s.Volumes = 1 },
 		func(s *Schedule) { s.Clients = 1 },
-		func(s *Schedule) { s.Rate = [2]float64{1, 1} },
+		func(s *Schedule) { s.Rate = 1 },
 		func(s *Schedule) { s.Disaster = false },
 	} {
 		t := s

@@ -34,9 +34,9 @@ var lieNames = [lies]struct {
 	name string
 	seed uint64
 }{
-	ackEarly: {"ack early", 31}, grantTwice: {"grant twice", 0}, oldEpoch: {"old epoch", 15}, staleReads: {"stale reads", 0},
-	noFlush: {"no flush", 40}, noSync: {"no sync", 74}, poorResync: {"poor resync", 0}, tearCut: {"torn cut", 0},
-	apartCut: {"volumes cut apart", 0}, noRedo: {"no redo", 0}, stateTooMuch: {"states too much", 0},
+	ackEarly: {"ack early", 31}, grantTwice: {"grant twice", 0}, oldEpoch: {"old epoch", 131}, staleReads: {"stale reads", 0},
+	noFlush: {"no flush", 272}, noSync: {"no sync", 93}, poorResync: {"poor resync", 0}, tearCut: {"torn cut", 0},
+	apartCut: {"volumes cut apart", 0}, noRedo: {"no redo", 6}, stateTooMuch: {"states too much", 0},
 	lateDuplicate: {"late duplicate", 0}, forgetsLast: {"forgets the last", 0},
 }
 
@@ -128,6 +128,7 @@ func (t *toy) takeover(n int) {
 	t.members[n] = true
 	for v := range t.s.Volumes {
 		t.h.Granted(v, t.epoch)
+		t.h.Took(v, t.epoch)
 	}
 }
 
