@@ -97,9 +97,14 @@ func (v *Volume) change(ctx context.Context, c change) error {
 	if err := v.writable(c.typ, c.off, c.n); err != nil {
 		return err
 	}
+	again := false
 	for {
+		// A change that is routed again may be older than what its client has
+		// done since by way of another node: when it has gone there, this one is over.
+		if again && block.OriginGone(ctx) {
+			return v.fault(opName(c.typ), block.KindCanceled, "the client has gone")
+		}
 		st := v.now.Load()
-		var again bool
 		var err error
 		switch st.role {
 		case primary:
