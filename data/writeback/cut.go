@@ -68,11 +68,22 @@ func (s *Shipper) attempt(ctx context.Context) (Result, error) {
 	const op = "writeback.checkpoint"
 	vols := s.live()
 	if len(vols) == 0 {
-		return Result{}, block.E(op, s.o.Group, block.KindClosed, errors.New("all volumes of the group were released"))
+		return Result{}, block.E(op, s.o.Group, block.KindClosed, errors.New("the sources of all volumes of the group were given back"))
 	}
 	var a helloAnswer
 	if err := s.hello(ctx, &a); err != nil {
 		return Result{}, err
+	}
+	for _, v := range vols {
+		if a.Volumes[v.name].Released { // by force, at the backend
+			s.mu.Lock()
+			v.released = true
+			s.mu.Unlock()
+			s.log.Warn("the move of a volume was called off at the backend; it is not written back any more", "volume", v.name)
+		}
+	}
+	if vols = s.live(); len(vols) == 0 {
+		return Result{}, block.E(op, s.o.Group, block.KindFenced, errors.New("the moves of all volumes of the group were called off at the backend"))
 	}
 	c := &cut{volumes: make([]cutVolume, len(vols))}
 	c.ID = a.Last.ID + 1
@@ -86,9 +97,6 @@ func (s *Shipper) attempt(ctx context.Context) (Result, error) {
 			return Result{}, block.E(op, v.name, block.KindFenced, errors.New("this node is not the volume's primary; the primary writes it back"))
 		}
 		h := a.Volumes[v.name]
-		if h.Released {
-			return Result{}, block.E(op, v.name, block.KindFenced, errors.New("the move was called off at the backend and the source given back"))
-		}
 		var held bool
 		w.from, held = v.Log().Held(Hold)
 		// Something was stored once, and the backend knows nothing of it: it is
@@ -216,8 +224,8 @@ func (s *Shipper) settle(ctx context.Context, c *cut) {
 
 // applied waits until the source has the checkpoint.
 func (s *Shipper) applied(ctx context.Context, id uint64, res Result) error {
+	s.say("applying", "")
 	for id != 0 {
-		s.say("applying", "")
 		var a appliedAnswer
 		if err := s.call(ctx, typApplied, appliedRequest{s.o.Group, id}, &a); err != nil {
 			return again(err)

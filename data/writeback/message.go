@@ -62,6 +62,7 @@ type helloVolume struct {
 	// Known: changes of this volume were stored here.
 	Known    bool `json:"known"`
 	Released bool `json:"released"`
+	Forced   bool `json:"forced"` // released without its frontend
 	// Damaged: everything must be compared.
 	Damaged bool   `json:"damaged"`
 	Epoch   uint64 `json:"epoch"`

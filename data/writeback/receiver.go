@@ -357,7 +357,7 @@ func (r *Receiver) hello(p []byte) (*helloAnswer, error) {
 	for _, n := range q.Volumes {
 		v := r.st.Volumes[n]
 		v.Known = v.Known || slices.ContainsFunc(stored, func(b beginVolume) bool { return b.Name == n })
-		a.Volumes[n] = helloVolume{Known: v.Known, Released: v.Released, Damaged: v.Damaged, Epoch: v.Epoch, Node: v.Node}
+		a.Volumes[n] = helloVolume{Known: v.Known, Released: v.Released, Forced: v.Forced, Damaged: v.Damaged, Epoch: v.Epoch, Node: v.Node}
 	}
 	return a, nil
 }

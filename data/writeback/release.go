@@ -229,10 +229,12 @@ func (r *Receiver) release(ctx context.Context, volume string, note func(*volume
 	}
 	if err := r.change(op, func(st *state) {
 		v := st.Volumes[volume]
-		v.Released = true
 		if note != nil {
 			note(&v)
+		} else if !v.Released {
+			v.Forced = true
 		}
+		v.Released = true
 		st.Volumes[volume] = v
 	}); err != nil {
 		return err

@@ -513,8 +513,15 @@ func (s *Shipper) releaseOnce(ctx context.Context, v *shipped) (done bool, err e
 		return false, err
 	}
 	epoch, _ := v.Epoch()
-	last := a.Last.ID
-	if h := a.Volumes[v.name]; !h.Released || h.Epoch != epoch {
+	last, h := a.Last.ID, a.Volumes[v.name]
+	if h.Forced {
+		s.mu.Lock()
+		v.released = true
+		s.mu.Unlock()
+		return false, block.E("writeback.release", v.name, block.KindFenced, errors.New(
+			"the source was given back by force at the backend already; what was written since its last checkpoint is not in it"))
+	}
+	if !h.Released { // else the answer to an earlier call was lost
 		res, err := s.persist(ctx, true)
 		if err != nil {
 			return false, err
@@ -522,13 +529,11 @@ func (s *Shipper) releaseOnce(ctx context.Context, v *shipped) (done bool, err e
 		last = res.ID
 	}
 	err = v.Freeze(ctx, func() error {
-		if !a.Volumes[v.name].Released {
-			s.mu.Lock()
-			moved := v.Log().Position() != v.stored
-			s.mu.Unlock()
-			if moved {
-				return errAgain
-			}
+		s.mu.Lock()
+		moved := v.Log().Position() != v.stored
+		s.mu.Unlock()
+		if moved && !h.Released {
+			return errAgain
 		}
 		_, err := s.o.Backend.Call(ctx, typRelease, encode(releaseRequest{s.o.Group, v.name, epoch, last}))
 		return err

@@ -41,6 +41,8 @@ type volumeState struct {
 	Damaged bool `json:"damaged,omitempty"`
 	// Released: the move was called off, the source is somebody else's.
 	Released bool `json:"released,omitempty"`
+	// Forced: without its frontend, which may have had more.
+	Forced bool `json:"forced,omitempty"`
 	// Unwritten is the last report of the frontend, at ReportAt by our clock.
 	Unwritten Unwritten `json:"unwritten,omitzero"`
 	ReportAt  time.Time `json:"report_at,omitzero"`
