@@ -103,7 +103,7 @@ var families = []gauge{
 		})},
 	{"forerun_replica_mode", "1 for how writes are acknowledged.", prometheus.GaugeValue, []string{"mode"},
 		replica(func(r *api.Replica) []sample {
-			return which(r.Mode, api.ModeReplicated, api.ModeDegraded, api.ModeWaiting)
+			return which(r.Mode, api.ModeReplicated, api.ModeDegraded, api.ModeWaiting, api.ModeForwarding)
 		})},
 	{"forerun_replica_in_sync", "1 while both frontends hold every acknowledged write.", prometheus.GaugeValue, nil,
 		replica(func(r *api.Replica) []sample { return one(boolean(r.InSync)) })},

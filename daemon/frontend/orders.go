@@ -304,7 +304,8 @@ func (f *Frontend) pairStatus(name string, v *stack.Volume, s *api.Volume) {
 	if f.cfg.Isolated || v != nil && v.Isolated() {
 		w.Policy = api.PolicyIsolated
 	}
-	if sh := f.shipper(name); sh != nil && phase == "" && s.Primary == api.PrimarySource {
+	// At a secondary it is the primary's to say.
+	if sh := f.shipper(name); sh != nil && v != nil && phase == "" && s.Primary == api.PrimarySource && !v.Standby() {
 		st := sh.Status()
 		u := st.Volumes[name]
 		w.UnwrittenBytes, w.LastID, w.State, w.Reason = u.Bytes, st.LastID, st.State, st.Reason

@@ -361,6 +361,9 @@ func (v *Volume) replicaStatus() *api.Replica {
 	case "forwarding":
 		r.Mode = api.ModeForwarding
 	}
+	if v.Switched() { // the native disk is this node's alone, and nothing is amiss
+		r.Mode, r.Reason = "", ""
+	}
 	return r
 }
 

@@ -30,6 +30,9 @@ type Rig struct {
 	BackendHosts []string
 	// AtSource and AtTarget run the two daemons; nil is Local.
 	AtSource, AtTarget Command
+	// Policy is what becomes of changes; empty is isolated, so that the source can
+	// be compared with what it was.
+	Policy string
 	// FrontendArgs are appended to the frontend's command line.
 	FrontendArgs []string
 	// BackendArgs are appended to the backend's command line.
@@ -101,7 +104,11 @@ func (r *Rig) StartBackend(ctx context.Context) (err error) {
 // connections. It returns how long that took.
 func (r *Rig) StartFrontend(ctx context.Context) (took time.Duration, err error) {
 	start := time.Now()
-	args := append([]string{"frontend", "--pki", filepath.Join(r.Dir, "pki"), "--name", "target", "--state", r.FrontendState(),
+	policy := r.Policy
+	if policy == "" {
+		policy = "isolated"
+	}
+	args := append([]string{"frontend", "--policy", policy, "--pki", filepath.Join(r.Dir, "pki"), "--name", "target", "--state", r.FrontendState(),
 		"--backend", r.Listen, "--volume", r.Volume, "--export", "nbd+unix:///?socket=" + r.Socket()}, r.FrontendArgs...)
 	r.Frontend, err = Launch(local(r.AtTarget)(context.WithoutCancel(ctx), r.Bin, args...), "frontend", filepath.Join(r.Dir, "frontend.log"))
 	if err != nil {
