@@ -77,7 +77,7 @@ func (s *Shipper) attempt(ctx context.Context) (Result, error) {
 	for _, v := range vols {
 		if a.Volumes[v.name].Released { // by force, at the backend
 			s.mu.Lock()
-			v.released = true
+			v.released, v.forced = true, a.Volumes[v.name].Forced
 			s.mu.Unlock()
 			s.log.Warn("the move of a volume was called off at the backend; it is not written back any more", "volume", v.name)
 		}

@@ -139,6 +139,7 @@ type shipped struct {
 	clean    time.Time        // when the journal was last seen where the cut was
 	oldest   time.Time        // a moment before the oldest unwritten write
 	released bool
+	forced   bool // without us
 }
 
 // Status is how the write-back of a group stands.
@@ -503,24 +504,29 @@ func (s *Shipper) Release(ctx context.Context, volume string) error {
 
 func (s *Shipper) releaseOnce(ctx context.Context, v *shipped) (done bool, err error) {
 	s.mu.Lock()
-	done = v.released
+	done, forced := v.released, v.forced
 	s.mu.Unlock()
-	if done {
-		return true, nil
+	var h helloVolume
+	var last uint64
+	if !done {
+		var a helloAnswer
+		if err := s.hello(ctx, &a); err != nil {
+			return false, err
+		}
+		last, h = a.Last.ID, a.Volumes[v.name]
+		forced = h.Forced
 	}
-	var a helloAnswer
-	if err := s.hello(ctx, &a); err != nil {
-		return false, err
-	}
-	epoch, _ := v.Epoch()
-	last, h := a.Last.ID, a.Volumes[v.name]
-	if h.Forced {
+	if forced {
 		s.mu.Lock()
-		v.released = true
+		v.released, v.forced = true, true
 		s.mu.Unlock()
 		return false, block.E("writeback.release", v.name, block.KindFenced, errors.New(
 			"the source was given back by force at the backend already; what was written since its last checkpoint is not in it"))
 	}
+	if done {
+		return true, nil
+	}
+	epoch, _ := v.Epoch()
 	if !h.Released { // else the answer to an earlier call was lost
 		res, err := s.persist(ctx, true)
 		if err != nil {
