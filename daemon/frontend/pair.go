@@ -274,13 +274,37 @@ func (f *Frontend) groups() map[string][]string {
 	return out
 }
 
-// ship makes a shipper for each group and runs them. The volumes are open.
+// ship makes a shipper for each group and runs them. When a volume opens late
+// they are made anew, for the cuts of its group to have it.
 func (f *Frontend) ship(ctx context.Context) error {
 	if f.cfg.Isolated {
 		<-ctx.Done()
 		return nil
 	}
-	var parts []func(context.Context) error
+	for ctx.Err() == nil {
+		round, cancel := context.WithCancel(ctx)
+		err := f.shipAll(round, cancel)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// shipAll runs until a volume has opened that is in no shipper; it then calls late.
+func (f *Frontend) shipAll(ctx context.Context, late func()) error {
+	parts := []func(context.Context) error{func(ctx context.Context) error {
+		for ctx.Err() == nil {
+			sleep(ctx, askEvery)
+			for _, v := range f.open() {
+				if v.WriteBack() != nil && f.shipper(v.Name()) == nil {
+					late()
+				}
+			}
+		}
+		return nil
+	}}
 	for name, vols := range f.groups() {
 		var in []writeback.Volume
 		for _, n := range vols {
@@ -304,10 +328,6 @@ func (f *Frontend) ship(ctx context.Context) error {
 		}
 		f.mu.Unlock()
 		parts = append(parts, s.Run)
-	}
-	if len(parts) == 0 {
-		<-ctx.Done()
-		return nil
 	}
 	return daemon.Tree(ctx, parts...)
 }
