@@ -41,6 +41,7 @@ type Client struct {
 	mu      sync.Mutex
 	rec     Record
 	have    bool // rec was seen at least once
+	claimed bool // a claim was answered
 	changed chan struct{}
 	doubt   undecided
 }
@@ -116,6 +117,16 @@ func (c *Client) MayRead(now time.Time) bool {
 	return c.rec.Alone(c.node) && !c.doubt.on || c.lease.Valid(now)
 }
 
+// MayAnswer says whether this node may answer a primary of that epoch, its
+// writes and its heartbeats: it knows of no newer one, is not primary itself,
+// and its process has claimed. Before that it cannot know in which epoch the
+// process before it was, perhaps as primary.
+func (c *Client) MayAnswer(epoch uint64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.claimed && c.rec.Epoch <= epoch && c.rec.Primary != c.node
+}
+
 // Saw tells the client of a record that came by another way: with a heartbeat,
 // or from a peer.
 func (c *Client) Saw(r Record) {
@@ -183,6 +194,11 @@ func (c *Client) alter(ctx context.Context, q request) (Record, error) {
 			return r, err
 		}
 		c.shut(was)
+		if err == nil && q.op == opClaim {
+			c.mu.Lock()
+			c.claimed = true
+			c.mu.Unlock()
+		}
 		if err == nil && q.op == opTakeover {
 			c.begin(r, sent)
 		}
@@ -237,7 +253,8 @@ func (c *Client) Get(ctx context.Context) (Record, error) { return c.ask(ctx, re
 
 // Claim makes this node the primary of a volume that nobody holds, and returns
 // the record, whoever is primary. It is a process's first call: nothing that a
-// process of this node asked for earlier takes effect after it.
+// process of this node asked for earlier takes effect after it, and before it
+// this node answers no primary (see MayAnswer).
 func (c *Client) Claim(ctx context.Context) (Record, error) {
 	return c.alter(ctx, request{op: opClaim})
 }

@@ -43,7 +43,9 @@
 // repeated request is granted once and answered as granted again, and a late
 // one does nothing. A process that starts makes a new version by its first
 // request, Claim, and so ends everything the process before it may still have
-// on its way; Settle does the same in between. A request whose sender's
+// on its way; Settle does the same in between. Until then the process answers
+// no primary either (Client.MayAnswer): the one before it may have been primary
+// of a later epoch. A request whose sender's
 // connection has ended, or that waited long for a slow disk of the arbiter's,
 // is not decided. When the arbiter cannot write a decision down, the disk may
 // hold it nevertheless: it answers nothing about this volume, not even a
