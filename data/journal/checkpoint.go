@@ -212,12 +212,16 @@ func (j *Journal) trim(cover Position, unsynced bool) error {
 			return j.saveHolds()
 		}
 		if name, held := j.holder(s.last.Sequence); held && !unsynced {
+			why := "it kept more than half of the space"
 			if int64(n)*j.opt.SegmentBytes <= j.opt.MaxBytes/2 {
-				j.mu.Unlock()
-				return j.saveHolds()
+				if !j.tight.Load() {
+					j.mu.Unlock()
+					return j.saveHolds()
+				}
+				why = "the disk is full, and a write needs its space"
 			}
 			j.breakHolds(s.last.Sequence)
-			j.log.Warn("a hold on the journal was given up: it kept more than half of the space",
+			j.log.Warn("a hold on the journal was given up: "+why,
 				"hold", name, "bytes", int64(n)*j.opt.SegmentBytes)
 		} else if held {
 			j.breakHolds(s.last.Sequence)

@@ -421,6 +421,38 @@ func TestFullDisk(t *testing.T) {
 	j.Close()
 }
 
+// TestHoldGivesWay: on a full disk a hold is given up before a write is refused.
+func TestHoldGivesWay(t *testing.T) {
+	fs := disktest.New(1)
+	opt := crashOptions
+	opt.MaxBytes = 64 << 20 // the hold is far from keeping half of it
+	fs.SetCapacity(300 << 10)
+	j, err := Open(fs, "/journal", blocktest.NewTwin(1<<20, 512), opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	if err := j.Hold("writeback", j.Position()); err != nil {
+		t.Fatal(err)
+	}
+	p := make([]byte, 8<<10)
+	for i := range 100 {
+		err := j.WriteAt(bg, p, int64(i)*int64(len(p)), 0)
+		for try := 0; block.KindOf(err) == block.KindNoSpace && try < 3; try++ { // who waits for space tries again
+			err = j.WriteAt(bg, p, int64(i)*int64(len(p)), 0)
+		}
+		if err != nil {
+			t.Fatal(i, err)
+		}
+	}
+	if _, held := j.Held("writeback"); held {
+		t.Error("the hold stands although the disk is smaller than what it keeps")
+	}
+	if n := j.Stats().BrokenHolds; n != 1 {
+		t.Errorf("%d holds were given up", n)
+	}
+}
+
 // TestDamage flips a byte in what was flushed: the journal is not opened; in
 // what was not, the log ends there.
 func TestDamage(t *testing.T) {

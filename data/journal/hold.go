@@ -14,7 +14,7 @@ import (
 // Hold keeps the segments with records behind pos, under that name; it may be
 // called again to move on. Holds outlive a restart, perhaps with an older
 // position. A hold is given up, and logged, when it would keep more than half
-// of MaxBytes, or when its segments could not be synced: then a Reader answers
+// of MaxBytes, when the disk is full and a write needs its space, or when its segments could not be synced: then a Reader answers
 // KindNotFound and the copy that needed it must be made anew.
 func (j *Journal) Hold(name string, pos Position) error {
 	if err := j.enter("hold"); err != nil {

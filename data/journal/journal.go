@@ -106,6 +106,7 @@ type Journal struct {
 	buf []byte
 
 	claim atomic.Uint64 // the journal is synced up to here
+	tight atomic.Bool   // the disk is full: holds give way
 	since atomic.Int64  // bytes appended since the last checkpoint
 	stats counters
 }

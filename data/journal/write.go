@@ -153,9 +153,11 @@ func (j *Journal) append(ctx context.Context, o *op, typ Type, p []byte, off, n 
 	err := j.appendOnce(ctx, o, typ, p, off, n, f)
 	if block.KindOf(err) == block.KindNoSpace {
 		j.stats.refused.Add(1)
+		j.tight.Store(true) // a hold is worth a copy anew, a write is worth more
 		if j.checkpoint(false) == nil {
 			err = j.appendOnce(ctx, o, typ, p, off, n, f)
 		}
+		j.tight.Store(false)
 	}
 	if err != nil {
 		return block.E("journal.append", j.dir, 0, err)
