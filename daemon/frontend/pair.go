@@ -2,6 +2,7 @@ package frontend
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -257,6 +258,9 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
+// maxGroupName is the most bytes in a group's name (package writeback).
+const maxGroupName = 255
+
 // groups puts the volumes of this node into consistency groups: those that were
 // named, and one of all the others.
 func (f *Frontend) groups() map[string][]string {
@@ -269,7 +273,11 @@ func (f *Frontend) groups() map[string][]string {
 	if len(rest) > 0 {
 		slices.Sort(rest)
 		// Both nodes of a pair name it alike.
-		out[strings.Join(rest, "+")] = rest
+		name := strings.Join(rest, "+")
+		if len(name) > maxGroupName {
+			name = fmt.Sprintf("%x", sha256.Sum256([]byte(name)))
+		}
+		out[name] = rest
 	}
 	return out
 }
