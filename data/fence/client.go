@@ -208,6 +208,12 @@ func (c *Client) alter(ctx context.Context, q request) (Record, error) {
 			(q.op != opSetMembers || known.Epoch == q.epoch && slices.Equal(r.Members, known.Members)) {
 			continue
 		}
+		if err != nil && c.Doubt() {
+			// This one was refused, and one before it may still be on its way.
+			if _, serr := c.Settle(ctx); serr != nil {
+				return r, err
+			}
+		}
 		return r, err
 	}
 }
@@ -260,7 +266,7 @@ func (c *Client) Claim(ctx context.Context) (Record, error) {
 }
 
 // Renew is the primary's sign of life, due every 250 ms or so (see Keep). It
-// feeds the lease.
+// feeds the lease, unless it is by its answer that the epoch is first heard of.
 func (c *Client) Renew(ctx context.Context, epoch uint64) (Record, error) {
 	sent := c.now()
 	r, err := c.ask(ctx, request{op: opRenew, epoch: epoch})
