@@ -2,6 +2,7 @@ package replica
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
 	"slices"
@@ -18,12 +19,31 @@ import (
 // one is under way there, and a call whose outcome is not known ends it. The
 // primary never forwards what was forwarded to it.
 
+//
+// A client that has gone to the other node may not wait for what this one has
+// under way for it, and so a copy on a line that stands still could come behind
+// newer changes all the same. So each forwarded change has a time, by the
+// primary's clock, after which it is refused: Stale after it was sent, at the
+// latest. Whoever repeats at one node what it sent to the other waits that long
+// after it has left.
+
+// Stale is how long a change that was forwarded can be carried out for a client
+// that has gone.
+const Stale = time.Second
+
+// clockAge is how long a reading of the primary's clock is good for: after that
+// the clocks may have gone apart.
+const clockAge = time.Minute
+
 // forwarder is the secondary's side.
 type forwarder struct {
 	opening chan struct{} // one place
 	mu      sync.Mutex
 	epoch   uint64
 	token   uint64 // 0: none
+	// The primary's clock showed clock at some time before read.
+	clock time.Duration
+	read  time.Time
 }
 
 // guests is the primary's side: the session of the node that forwards.
@@ -32,13 +52,33 @@ type guests struct {
 	cur *inbound
 }
 
-func (fw *forwarder) get(epoch uint64) uint64 {
+// get returns the token of the session of that epoch, and until when, by the
+// primary's clock, what is sent now may be done.
+func (fw *forwarder) get(epoch uint64) (token uint64, until time.Duration) {
 	fw.mu.Lock()
 	defer fw.mu.Unlock()
-	if fw.epoch != epoch {
-		return 0
+	since := time.Since(fw.read)
+	if fw.epoch != epoch || since > clockAge {
+		return 0, 0
 	}
-	return fw.token
+	return fw.token, fw.clock + since + Stale
+}
+
+// show takes in what the primary's clock showed when it answered.
+func (fw *forwarder) show(token uint64, p []byte) {
+	fw.mu.Lock()
+	defer fw.mu.Unlock()
+	if len(p) == clockLen && fw.token == token {
+		fw.clock, fw.read = time.Duration(binary.BigEndian.Uint64(p)), time.Now()
+	}
+}
+
+// clockLen is the length of a time in messages: nanoseconds since the volume
+// was opened at the primary.
+const clockLen = 8
+
+func (v *Volume) showClock() []byte {
+	return binary.BigEndian.AppendUint64(nil, uint64(v.ticks()))
 }
 
 func (fw *forwarder) drop(token uint64) {
@@ -58,30 +98,36 @@ func (v *Volume) bounded(ctx context.Context, st *standing, d time.Duration) (co
 }
 
 // token returns that of the session with the primary, and makes one if need be.
-func (v *Volume) token(ctx context.Context, st *standing) (uint64, error) {
+func (v *Volume) token(ctx context.Context, st *standing) (uint64, time.Duration, error) {
 	fw := &v.forward
-	if t := fw.get(st.rec.Epoch); t != 0 {
-		return t, nil
+	if t, until := fw.get(st.rec.Epoch); t != 0 {
+		return t, until, nil
 	}
 	select {
 	case fw.opening <- struct{}{}:
 	case <-ctx.Done():
-		return 0, ctx.Err()
+		return 0, 0, ctx.Err()
 	}
 	defer func() { <-fw.opening }()
-	if t := fw.get(st.rec.Epoch); t != 0 {
-		return t, nil
+	if t, until := fw.get(st.rec.Epoch); t != 0 {
+		return t, until, nil
 	}
 	c, done := v.bounded(ctx, st, fwdTime)
 	defer done()
 	t := rand.Uint64() | 1
-	if _, err := v.cfg.Forward.Call(c, typFwdOpen, body{token: t, off: int64(st.rec.Epoch)}.append(slices.Clone(v.name))); err != nil {
-		return 0, err
+	out, err := v.cfg.Forward.Call(c, typFwdOpen, body{token: t, off: int64(st.rec.Epoch)}.append(slices.Clone(v.name)))
+	if err != nil {
+		return 0, 0, err
+	}
+	if len(out) != clockLen {
+		return 0, 0, errShort
 	}
 	fw.mu.Lock()
 	fw.epoch, fw.token = st.rec.Epoch, t
 	fw.mu.Unlock()
-	return t, nil
+	fw.show(t, out)
+	t, until := fw.get(st.rec.Epoch)
+	return t, until, nil
 }
 
 // forwardCall sends one call to the primary and waits for the answer. again:
@@ -94,8 +140,10 @@ func (v *Volume) forwardCall(ctx context.Context, st *standing, typ uint8, b bod
 	changes := typ >= typFwdWrite && typ <= typFwdTrim
 	wait := func() (bool, error) { return true, v.pause(ctx, st, 50*time.Millisecond) }
 	use := ctx
+	parts := [3][]byte{nil, nil, p}
 	if changes {
-		if b.token, err = v.token(ctx, st); err != nil {
+		var until time.Duration
+		if b.token, until, err = v.token(ctx, st); err != nil {
 			if ctx.Err() != nil {
 				return false, ctx.Err()
 			}
@@ -104,12 +152,17 @@ func (v *Volume) forwardCall(ctx context.Context, st *standing, typ uint8, b bod
 		// The caller's bytes and order count until the outcome is known; the
 		// primary answers soon, if only to say "not now".
 		use = context.WithoutCancel(ctx)
+		parts[1] = binary.BigEndian.AppendUint64(nil, uint64(until))
 	}
+	parts[0] = b.append(slices.Clone(v.name))
 	c, done := v.bounded(use, st, fwdLimit)
-	out, err := v.cfg.Forward.Call(c, typ, b.append(slices.Clone(v.name)), p)
+	out, err := v.cfg.Forward.Call(c, typ, parts[:]...)
 	done()
 	switch block.KindOf(err) {
 	case block.KindNone:
+		if changes {
+			v.forward.show(b.token, out)
+		}
 		if get != nil {
 			if err := get(out); err != nil {
 				return false, err
@@ -192,7 +245,22 @@ func (v *Volume) serveForward(ctx context.Context, typ uint8, b body, p []byte) 
 		if uint64(b.off) != r.epoch {
 			return nil, v.fault("forward", block.KindFenced, "this is epoch %d", r.epoch)
 		}
-		return nil, v.admit(ctx, b.token)
+		if err := v.admit(ctx, b.token); err != nil {
+			return nil, err
+		}
+		return v.showClock(), nil
+	}
+	if typ >= typFwdWrite && typ <= typFwdTrim {
+		if len(p) < clockLen {
+			return nil, errShort
+		}
+		left := time.Duration(binary.BigEndian.Uint64(p)) - v.ticks()
+		if p = p[clockLen:]; left <= 0 || left > Stale+clockAge {
+			return nil, v.fault("forward", block.KindFenced, "it comes too late")
+		}
+		var late context.CancelFunc
+		ctx, late = context.WithTimeout(ctx, left)
+		defer late()
 	}
 	if typ != typFwdFlush {
 		if err := v.inside(b); err != nil {
@@ -222,7 +290,9 @@ func (v *Volume) serveForward(ctx context.Context, typ uint8, b body, p []byte) 
 		if typ != typFwdWrite {
 			c.p = nil
 		}
-		again, err = v.lead(ctx, r, c)
+		if again, err = v.lead(ctx, r, c); err == nil {
+			out = v.showClock()
+		}
 	case typFwdFlush:
 		again, err = v.leadFlush(ctx, r, b.flags)
 	default:

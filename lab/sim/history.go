@@ -49,7 +49,6 @@ type write struct {
 	fua        bool
 	synced     bool  // promised to be durable for another reason
 	begin, end int64 // end is never until it is acknowledged
-	tries      int   // how often it was sent
 	lost       bool  // not durable in a loss: it may be gone
 }
 
@@ -139,10 +138,18 @@ func (h *History) Now() int64 {
 }
 
 // BeginWrite notes a write that is about to be tried for the first time; p is
-// filled with what it must write, nil for zeros.
-func (h *History) BeginWrite(vol int, off, n int64, p []byte, fua bool) *write {
+// filled with what it must write, nil for zeros. With alone set it answers nil
+// when another write to one of the sectors is under way.
+func (h *History) BeginWrite(vol int, off, n int64, p []byte, fua, alone bool) *write {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	for s := off / Sector; alone && s < (off+n)/Sector; s++ {
+		for _, v := range h.vols[vol].sectors[s].versions {
+			if v.w.end == never {
+				return nil
+			}
+		}
+	}
 	h.tick()
 	h.stats.Writes++
 	w := &write{id: len(h.writes) + 1, vol: vol, from: off / Sector, to: (off + n) / Sector,
@@ -156,13 +163,6 @@ func (h *History) BeginWrite(vol int, off, n int64, p []byte, fua bool) *write {
 		}
 	}
 	return w
-}
-
-// Try notes that a write is being sent, for the first time or again.
-func (h *History) Try(w *write) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	w.tries++
 }
 
 // EndWrite notes that it was acknowledged; synced: with the promise that it is
@@ -278,7 +278,9 @@ func (c *cell) superseded(w *write, by int64) bool {
 // sector is a register; with a value of its own for each write, a history is
 // linearizable exactly when no two zones that are intervals of certainty
 // overlap, and none of the others lies within one (Gibbons and Korach,
-// "Testing Shared Memories", SIAM J. Comput. 1997).
+// "Testing Shared Memories", SIAM J. Comput. 1997). Writes that were under way
+// at the same time are not held against each other: each may be carried out
+// again until it is acknowledged, and so come in front and behind.
 func (h *History) conflict(vol int, s int64, c *cell, v *version) {
 	if v.w.zero {
 		return
@@ -288,7 +290,7 @@ func (h *History) conflict(vol int, s int64, c *cell, v *version) {
 		return
 	}
 	for _, o := range c.versions {
-		if o == v || o.w.zero || twice(v.w, o.w) || twice(o.w, v.w) {
+		if o == v || o.w.zero || v.w.begin < o.w.end && o.w.begin < v.w.end {
 			continue
 		}
 		g, m := o.zone()
@@ -302,10 +304,6 @@ func (h *History) conflict(vol int, s int64, c *cell, v *version) {
 		}
 	}
 }
-
-// twice says that w may have happened before and after u: it was sent more than
-// once, and u was under way at the same time.
-func twice(w, u *write) bool { return w.tries > 1 && w.begin < u.end && u.begin < w.end }
 
 // String names the write for messages.
 func (w *write) String() string {

@@ -1,7 +1,6 @@
 package sim
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -387,7 +386,7 @@ func (p *pair) openVolume(m *machine, r *process, fs disk.FS, v int, log *slog.L
 	}
 	vol, err := replica.Open(replica.Config{Volume: name, Node: machineNames[m.id], Local: stack, Log: j,
 		Fence: fence.NewClient(&asker{arb, p, m.id, v}, name, machineNames[m.id]),
-		Peer:  peer, Forward: forward, OnPeerLoss: policy, CleanStart: clean, FailBackAfter: p.s.FailBack, InFlight: 32, Logger: log})
+		Peer:  &teller{peer, p, m.id, v}, Forward: forward, OnPeerLoss: policy, CleanStart: clean, FailBackAfter: p.s.FailBack, InFlight: 32, Logger: log})
 	if err != nil {
 		j.Close()
 		return nil, err
@@ -412,8 +411,7 @@ func (p *pair) fetch(ctx context.Context, r *process, node, v int, b []byte, off
 	}
 }
 
-// asker passes a node's requests to the arbiter, and notes when one asks for
-// the other node to be recorded.
+// asker passes a node's requests to the arbiter, and notes what it learns.
 type asker struct {
 	fence.Caller
 	p    *pair
@@ -421,21 +419,8 @@ type asker struct {
 	vol  int
 }
 
-// setMembers is the type of that request, in data/fence/SPEC.md.
-const setMembers = 4
-
 // Call is fence.Caller.Call.
 func (a *asker) Call(ctx context.Context, typ uint8, parts ...[]byte) ([]byte, error) {
-	if typ == setMembers {
-		for _, b := range parts {
-			if bytes.Contains(b, []byte(machineNames[1-a.node])) {
-				a.p.mu.Lock()
-				s := a.p.truth.vols[a.vol]
-				s.asked[a.node] = s.life[1-a.node]
-				a.p.mu.Unlock()
-			}
-		}
-	}
 	out, err := a.Caller.Call(ctx, typ, parts...)
 	if err == nil {
 		a.p.mu.Lock()
@@ -443,6 +428,36 @@ func (a *asker) Call(ctx context.Context, typ uint8, parts ...[]byte) ([]byte, e
 			a.p.h.Took(a.vol, int64(rec.Epoch))
 		}
 		a.p.mu.Unlock()
+	}
+	return out, err
+}
+
+// teller passes a node's messages to the other one, and notes when that one
+// was brought up to date.
+type teller struct {
+	msg.Caller
+	p    *pair
+	node int
+	vol  int
+}
+
+// typSettle is that message, in data/replica/SPEC.md.
+const typSettle = 39
+
+// Call is msg.Caller.Call.
+func (t *teller) Call(ctx context.Context, typ uint8, parts ...[]byte) ([]byte, error) {
+	if typ != typSettle {
+		return t.Caller.Call(ctx, typ, parts...)
+	}
+	s := t.p.truth.vols[t.vol]
+	t.p.mu.Lock()
+	life := s.life[1-t.node]
+	t.p.mu.Unlock()
+	out, err := t.Caller.Call(ctx, typ, parts...)
+	if err == nil {
+		t.p.mu.Lock()
+		s.settled[t.node], s.once[t.node] = life, true
+		t.p.mu.Unlock()
 	}
 	return out, err
 }

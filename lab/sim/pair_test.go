@@ -27,6 +27,28 @@ func pairRun(t *testing.T, s Schedule) *Result {
 	return simulate(t, s, newPair)
 }
 
+// TestMove has clients leave a node while nothing gets from it to the other
+// one: what it had sent there arrives when they have gone on there.
+func TestMove(t *testing.T) {
+	seeds := 5
+	if testing.Short() {
+		seeds = 2
+	}
+	for seed := range uint64(number("FORERUN_SIM_MOVES", seeds)) {
+		s := Plan(seed)
+		s.Volumes, s.Clients, s.Length, s.Pause, s.Apart, s.Disaster = 2, 3, 9*time.Second, 10*time.Millisecond, true, false
+		s.Events = nil
+		for i := range 2 {
+			at := 2*time.Second + time.Duration(i)*3*time.Second
+			s.Events = append(s.Events, Event{At: at, Fault: OneWay, On: i, To: 1 - i, For: 1800 * time.Millisecond},
+				Event{At: at + 300*time.Millisecond, Fault: Move, On: i})
+		}
+		if res := pairRun(t, s); res.Err != nil {
+			t.Fatalf("seed %d: %v\n%s\n%s", seed, res.Err, s, res.Log)
+		}
+	}
+}
+
 // TestSim runs the real rooms through FORERUN_SIM_SEEDS seeds from
 // FORERUN_SIM_FROM on. A failure prints the schedule and what happened;
 // FORERUN_SIM_SHRINK leaves out what it does not need.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"forerun/block"
+	"forerun/data/replica"
 )
 
 // Geometry of the volumes: small, so that writes meet.
@@ -277,9 +278,10 @@ func (d *driver) client(vol int, r *rand.Rand) {
 	defer d.busy.Done()
 	node := r.IntN(2)
 	area := int64(volumeSize / Sector)
+	tries := 0
 	for !d.ended() {
-		if r.IntN(4) > 0 {
-			d.pause(time.Duration(r.Int64N(int64(d.Pause) + 1)))
+		if tries++; r.IntN(4) > 0 || tries%4 == 0 {
+			d.pause(1 + time.Duration(r.Int64N(int64(d.Pause))))
 		}
 		n := 1 + r.Int64N(8)
 		if r.IntN(10) == 0 {
@@ -297,16 +299,20 @@ func (d *driver) client(vol int, r *rand.Rand) {
 				f = block.FUA
 			}
 			p := make([]byte, size)
-			w := d.h.BeginWrite(vol, off, size, p, f != 0)
+			w := d.h.BeginWrite(vol, off, size, p, f != 0, d.Apart)
+			if w == nil {
+				continue
+			}
 			d.until(&node, vol, r, func(ctx context.Context, dev block.Device) (func(int64), error) {
-				d.h.Try(w)
 				return nil, dev.WriteAt(ctx, p, off, f)
 			}, func(synced bool) { d.h.EndWrite(w, synced) })
 		case k == 10:
-			w := d.h.BeginWrite(vol, off, size, nil, false)
+			w := d.h.BeginWrite(vol, off, size, nil, false, d.Apart)
+			if w == nil {
+				continue
+			}
 			trim := r.IntN(2) == 0
 			d.until(&node, vol, r, func(ctx context.Context, dev block.Device) (func(int64), error) {
-				d.h.Try(w)
 				if trim {
 					return nil, dev.Trim(ctx, off, size, 0)
 				}
@@ -398,7 +404,7 @@ func (d *driver) until(node *int, vol int, r *rand.Rand, try func(context.Contex
 
 // moveAfter is how long a client waits before it repeats at one node what it
 // sent to the other: what that one had forwarded is too old by then to be done.
-const moveAfter = 1200 * time.Millisecond
+const moveAfter = replica.Stale + 100*time.Millisecond
 
 // attempt is one try of a request. It is answered or given up, whichever
 // comes first.

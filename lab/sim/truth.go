@@ -21,11 +21,12 @@ type truth struct {
 
 // standing is that of one volume.
 type standing struct {
-	rec    fence.Record
-	whole  [2]bool // this node has everything that was acknowledged
-	killed [2]bool // its process ended since it was last in sync
-	life   [2]int  // power cuts
-	asked  [2]int  // life of the other node when this one last asked to have it recorded
+	rec     fence.Record
+	whole   [2]bool // this node has everything that was acknowledged
+	killed  [2]bool // its process ended since it was last in sync
+	life    [2]int  // power cuts
+	settled [2]int  // life of the other node when this one had it brought up to date
+	once    [2]bool // that was done
 }
 
 // giveUp is how long a node that lost power must have waited for the other
@@ -59,7 +60,7 @@ func (t *truth) granted(vol int, rec fence.Record) {
 	p := nodeOf(rec.Primary)
 	if s.whole[0] || s.whole[1] {
 		// The primary has everything, and so has whom it says has.
-		if o := 1 - p; s.whole[p] && rec.Member(machineNames[o]) && rec.Epoch == old.Epoch && s.asked[p] == s.life[o] && rec.Version > old.Version {
+		if o := 1 - p; s.whole[p] && rec.Member(machineNames[o]) && rec.Epoch == old.Epoch && s.once[p] && s.settled[p] == s.life[o] && rec.Version > old.Version {
 			s.whole[o], s.killed[o] = true, false
 		}
 		return
