@@ -14,6 +14,7 @@ import (
 	"forerun/daemon"
 	"forerun/data/export/nbd"
 	"forerun/data/failover"
+	"forerun/data/replica"
 	source "forerun/data/source/nbd"
 	"forerun/disk"
 	"forerun/internal/version"
@@ -195,7 +196,11 @@ func (p *Proxy) connect(v *volume) {
 			return c, nil
 		}})
 	}
-	dev, err := failover.Open(ctx, failover.Options{Volume: v.name, Targets: ts, ID: "proxy:" + v.name, Log: log})
+	// A copy of a change that a frontend has forwarded may still be on its way
+	// when the change is repeated elsewhere; nothing may overwrite that before
+	// the copy is too old to be carried out.
+	dev, err := failover.Open(ctx, failover.Options{Volume: v.name, Targets: ts, ID: "proxy:" + v.name,
+		Settle: replica.Stale + 100*time.Millisecond, Log: log})
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	defer close(v.ready)
