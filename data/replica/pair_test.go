@@ -73,7 +73,7 @@ func pairTest(t *testing.T, seed uint64, base []byte) {
 		n := w.nodes[r.IntN(2)]
 		power := r.IntN(3) == 0
 		way := wan.Way(1 + r.IntN(3))
-		what := r.IntN(11)
+		what := r.IntN(12)
 		w.log.Info("world", "event", what, "node", n.name, "power", power, "way", way)
 		switch what {
 		case 0, 1:
@@ -144,6 +144,26 @@ func pairTest(t *testing.T, seed uint64, base []byte) {
 		case 9:
 			w.links["a>b"].Cut()
 			w.links["b>a"].Stall(time.Duration(r.IntN(3000)) * time.Millisecond)
+		case 11: // the one that is alone loses its power
+			m := w.nodes[1]
+			if n == m {
+				m = w.nodes[0]
+			}
+			v := m.volume()
+			w.pair(5 * time.Minute)
+			n.kill(false)
+			for range 100 {
+				if v.Status().Mode == "degraded" {
+					nap(3 * time.Second)
+					m.kill(true)
+					nap(time.Second)
+					m.start()
+					break
+				}
+				time.Sleep(50 * time.Millisecond)
+			}
+			nap(3 * time.Second)
+			n.start()
 		case 10: // a slow disk, up to a hanging one
 			n.slow.Store(int64(time.Millisecond) << r.IntN(14))
 			nap(8 * time.Second)

@@ -160,12 +160,45 @@ type node struct {
 	un   *unsynced
 	slow atomic.Int64  // each call of the stack takes up to so many nanoseconds
 	dead chan struct{} // closed when the process is killed
+	// hook, when set, is called before each call of the stack; dead is closed
+	// when the process is killed.
+	hook atomic.Pointer[func(c blocktest.Call, dead <-chan struct{})]
+}
+
+// block holds up the next write to off at this node, whatever its context,
+// until it is let go or the process dies. caught is closed when it is there.
+func (n *node) block(off int64) (caught chan struct{}, let func()) {
+	caught, open := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	f := func(c blocktest.Call, dead <-chan struct{}) {
+		if c.Op != "write" || c.Off != off {
+			return
+		}
+		first := false
+		once.Do(func() { first = true })
+		if !first {
+			return
+		}
+		close(caught)
+		select {
+		case <-open:
+		case <-dead:
+		}
+	}
+	n.hook.Store(&f)
+	return caught, func() { close(open) }
 }
 
 // drag is a slow disk.
 func (n *node) drag(ctx context.Context, dead chan struct{}, c blocktest.Call) error {
+	if !c.Before {
+		return nil
+	}
+	if f := n.hook.Load(); f != nil {
+		(*f)(c, dead)
+	}
 	d := n.slow.Load()
-	if d == 0 || !c.Before {
+	if d == 0 {
 		return nil
 	}
 	t := time.NewTimer(time.Duration(rand.Int64N(d)))
@@ -443,7 +476,7 @@ type load struct {
 func newLoad(w *world, seed uint64) *load {
 	l := &load{w: w, h: oracle.New(5, worldSize), stop: make(chan struct{})}
 	l.cond = sync.NewCond(&l.mu)
-	for i := range 4 {
+	for i := range 6 {
 		l.wg.Go(func() { l.worker(rand.New(rand.NewPCG(seed, uint64(i)))) })
 	}
 	return l
@@ -520,9 +553,20 @@ func (l *load) try(r *rand.Rand, call func(ctx context.Context, v *Volume) error
 			time.Sleep(5 * time.Millisecond)
 			continue
 		}
-		err := call(context.Background(), v)
+		// Half of the tries are given up after a while, for the other node.
+		ctx, cancel := context.WithCancel(context.Background())
+		if r.IntN(2) == 0 {
+			ctx, cancel = context.WithTimeout(ctx, time.Duration(100+r.IntN(2000))*time.Millisecond)
+		}
+		err := call(ctx, v)
+		late := ctx.Err() != nil
+		cancel()
 		if err == nil {
 			return nil
+		}
+		if late && block.KindOf(err) == block.KindCanceled {
+			time.Sleep(Stale)
+			continue
 		}
 		// A node that lives must not fail a call; one that was killed does.
 		if k := block.KindOf(err); l.w.nodes[i%2].volume() == v && k != block.KindClosed {
@@ -531,7 +575,7 @@ func (l *load) try(r *rand.Rand, call func(ctx context.Context, v *Volume) error
 				return err
 			}
 		}
-		time.Sleep(time.Millisecond)
+		time.Sleep(Stale)
 	}
 }
 
