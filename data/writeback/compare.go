@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"forerun/block"
+	"forerun/data/journal"
 	"forerun/internal/chunk"
 )
 
@@ -37,6 +38,60 @@ func (s *Shipper) compare(send *sender, vol int, w *cutVolume) error {
 		return err
 	}
 	s.log.Info("a volume is compared with its source", "volume", w.name)
+	f, err := follow(send.ctx, w.Log(), w.from, s.follow)
+	if err != nil {
+		return err
+	}
+	defer f.stop()
+	if err := s.comparePass(send, vol, w); err != nil {
+		return err
+	}
+	// What was written meanwhile is in the journal, unless it was too much: then
+	// it is read again, until what is written meanwhile is not.
+	for {
+		var dirty marks
+		err := w.Freeze(send.ctx, func() (err error) {
+			var pos journal.Position
+			if dirty, pos, err = f.turn(send.ctx); dirty != nil {
+				w.from = pos
+			}
+			return err
+		})
+		if err != nil || dirty == nil {
+			return err
+		}
+		s.say("comparing", "")
+		s.log.Info("much was written while a volume was compared; it is read again", "volume", w.name, "bytes", dirty.bytes())
+		if err := s.rereadPass(send, vol, w, dirty); err != nil {
+			return err
+		}
+	}
+}
+
+// rereadPass sends what is marked as it is now. It is not compared: what was
+// sent before in this checkpoint is not in the source yet.
+func (s *Shipper) rereadPass(send *sender, vol int, w *cutVolume, dirty marks) error {
+	buf := make([]byte, followGrain)
+	err := dirty.each(w.size, func(off, n int64) error {
+		p := buf[:n]
+		if err := readAll(send.ctx, w, p, off); err != nil {
+			return err
+		}
+		e := extent{vol: vol, kind: kindData, off: off, n: n}
+		if chunk.AllZero(p) {
+			e.kind = kindHole
+			return send.zero(e)
+		}
+		return send.data(e, p)
+	})
+	if err != nil {
+		return err
+	}
+	return send.flush() // what follows may overlap
+}
+
+// comparePass goes once over everything that may differ.
+func (s *Shipper) comparePass(send *sender, vol int, w *cutVolume) error {
 	var (
 		wg   sync.WaitGroup
 		mu   sync.Mutex // of send, while batches end side by side
@@ -70,7 +125,7 @@ func (s *Shipper) compare(send *sender, vol int, w *cutVolume) error {
 		}
 		return nil
 	}
-	err = s.suspects(send, w, func(e block.Extent) error {
+	err := s.suspects(send, w, func(e block.Extent) error {
 		for e.Len > 0 {
 			if err := take(); err != nil {
 				return err

@@ -35,7 +35,9 @@
 //     volume was isolated, a power cut, another backend) everything that may
 //     differ is compared by signature with the source, and what differs is sent.
 //     The comparison reads the live volume; the records since its beginning
-//     follow, so that the sum is the content at the cut.
+//     follow, so that the sum is the content at the cut. When those would be
+//     more than the journal should keep, what was written is marked instead and
+//     read again, pass by pass.
 //   - A checkpoint counts as stored only when its file, whole and verified, is
 //     durable under its final name. It is carried out from its first byte again
 //     until all sources were flushed without an error, and the next one is not

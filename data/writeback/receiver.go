@@ -182,6 +182,9 @@ func (r *Receiver) recoverStored(ctx context.Context, name string) error {
 		return err
 	}
 	defer unlock()
+	r.mu.Lock()
+	r.outdated(c)
+	r.mu.Unlock()
 	return r.finish(ctx, g, c)
 }
 
@@ -757,9 +760,20 @@ func (r *Receiver) commit(ctx context.Context, node string, b []byte) error {
 	r.mu.Lock()
 	r.forget(p)
 	g.last, g.stored, g.reason = q.checkpointID, p.f, ""
+	r.outdated(p.f)
 	r.mu.Unlock()
 	r.work.Go(func() { r.carryOut(g, p.f) })
 	return nil
+}
+
+// outdated replaces reports from before a checkpoint that is stored: at its cut
+// nothing was unwritten that is not in it. r.mu is held.
+func (r *Receiver) outdated(c *checkpointFile) {
+	for _, v := range c.header.Volumes {
+		s := r.st.Volumes[v.Name]
+		s.Unwritten, s.ReportAt = Unwritten{}, c.commit.Cut
+		r.st.Volumes[v.Name] = s
+	}
 }
 
 // finishFile makes a complete part a stored checkpoint: its end, a sync, its name,

@@ -24,7 +24,8 @@ type VolumeStatus struct {
 	Arriving    int64  // bytes of a checkpoint on its way
 	Reason      string // why a stored one is not carried out yet
 	// Unwritten is what the frontend last said it has and the source lacks, at
-	// ReportAt by this machine's clock; both zero when it never did.
+	// ReportAt by this machine's clock, or nothing at the cut of the last
+	// checkpoint when it has not said anything since; both zero when it never did.
 	Unwritten Unwritten
 	ReportAt  time.Time
 	Damaged   bool // the source is no checkpoint's content until everything was compared
@@ -196,7 +197,7 @@ func (s *VolumeStatus) loss() string {
 	case s.ReportAt.IsZero():
 		return last + "; the frontend never said how much it had written since"
 	case s.Unwritten.Bytes == 0:
-		return last + fmt.Sprintf("; the frontend had written nothing since when it last said so, at %s", s.ReportAt.UTC().Format(time.RFC3339))
+		return last + fmt.Sprintf("; the frontend had written nothing more at %s, and lost is what came after that", s.ReportAt.UTC().Format(time.RFC3339))
 	}
 	return last + fmt.Sprintf("; lost are %d bytes written since, the oldest after %s, and what came after the frontend's last word at %s",
 		s.Unwritten.Bytes, s.Unwritten.Oldest.UTC().Format(time.RFC3339), s.ReportAt.UTC().Format(time.RFC3339))

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"path"
 	"slices"
@@ -178,6 +179,42 @@ func TestHoldGivenUp(t *testing.T) {
 		t.Fatal("compared again")
 	}
 	sc.equal("after it was compared")
+}
+
+// TestComparingKeepsUp: while a volume is compared, so much is written that the
+// journal cannot keep it.
+func TestComparingKeepsUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sc := newScene(t, 8<<20, "a")
+		v := sc.vols[0]
+		said := &bytes.Buffer{}
+		sc.s.follow, sc.s.log = 512<<10, slog.New(slog.NewTextHandler(said, nil))
+		sc.scribble(100)
+		sc.checkpoint()
+		if err := v.Release(Hold); err != nil {
+			t.Fatal(err)
+		}
+		sc.link.trouble = func(typ uint8, _ []byte) (bool, bool) {
+			if n := sc.link.calls[typProbe].Load(); typ == typProbe && n <= 4 {
+				rnd := rand.New(rand.NewPCG(5, uint64(n)))
+				for range 4 {
+					scribble(t, rnd, v, 100) // about 600 KiB
+					time.Sleep(100 * time.Millisecond)
+				}
+			}
+			return false, false
+		}
+		res := sc.checkpoint()
+		if res.Full != 1 || !strings.Contains(said.String(), "read again") || strings.Contains(said.String(), "anew") {
+			t.Fatalf("%+v\n%s", res, said)
+		}
+		sc.equal("after it was compared")
+		for _, name := range v.Stats().Holds {
+			if name == scanHold {
+				t.Fatal("a hold stays behind")
+			}
+		}
+	})
 }
 
 // TestComparingSendsWhatDiffers and nothing else.

@@ -115,6 +115,7 @@ type Shipper struct {
 
 	turn   chan struct{} // holds one token: one checkpoint at a time
 	window int           // maxWindow, less in tests
+	follow int64         // followLimit, less in tests
 
 	// Owned by who has the turn.
 	pending *cut // was committed, and the answer never came
@@ -192,7 +193,7 @@ func NewShipper(o ShipperOptions) (*Shipper, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Shipper{o: o, log: o.Log.With("group", o.Group), turn: make(chan struct{}, 1), window: maxWindow, kick: make(chan struct{}, 1)}
+	s := &Shipper{o: o, log: o.Log.With("group", o.Group), turn: make(chan struct{}, 1), window: maxWindow, follow: followLimit, kick: make(chan struct{}, 1)}
 	s.turn <- struct{}{}
 	s.status = Status{Group: o.Group, State: "idle"}
 	for _, v := range o.Volumes {
