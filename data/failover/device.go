@@ -51,7 +51,9 @@ type Options struct {
 	PingAfter, PingTimeout time.Duration
 	// Patience with a target that lives and answers nothing: 2 s at first.
 	Patience time.Duration
-	// Settle is how long a range whose change was repeated takes no other change: 250 ms.
+	// Settle is how long after it was lost a target may still carry out a change
+	// that was repeated elsewhere, so that its range takes no other one: 1.1 s, a
+	// little more than a forwarded change can be under way (replica.Stale).
 	Settle time.Duration
 	// Retry is the first pause before a target is opened again that failed or
 	// served for a moment only; it doubles, up to 25 times as much: 20 ms.
@@ -87,7 +89,7 @@ func (o *Options) check() error {
 	def(&o.PingAfter, 500*time.Millisecond)
 	def(&o.PingTimeout, time.Second)
 	def(&o.Patience, 2*time.Second)
-	def(&o.Settle, 250*time.Millisecond)
+	def(&o.Settle, 1100*time.Millisecond)
 	def(&o.Retry, 20*time.Millisecond)
 	if o.Depth <= 0 {
 		o.Depth = depth
@@ -269,8 +271,9 @@ type call struct {
 	ext    []block.Extent
 
 	repeats int
-	tried   uint64 // targets that answered with an error about bytes
-	err     error  // the last of those
+	left    time.Time // when the last target was lost
+	tried   uint64    // targets that answered with an error about bytes
+	err     error     // the last of those
 }
 
 func (c *call) changes() bool { return c.op == opWrite || c.op == opZero || c.op == opTrim }
@@ -332,7 +335,7 @@ func (d *Device) run(ctx context.Context, c *call) error {
 	}
 	err = d.pass(ctx, c)
 	if c.repeats > 0 && c.changes() {
-		d.ranges.settle(h, d.opt.Settle)
+		d.ranges.settle(h, d.opt.Settle-time.Since(c.left))
 	} else {
 		d.ranges.drop(h)
 	}
@@ -377,6 +380,7 @@ func (d *Device) pass(ctx context.Context, c *call) error {
 			d.lose(dr, err, 0)
 		}
 		c.repeats++
+		c.left = time.Now()
 		d.stats.repeated.Add(1)
 	}
 }

@@ -456,8 +456,8 @@ func TestSettle(t *testing.T) {
 		within(t, 0, "a read of it", func() error { return d.ReadAt(ctx, p, 0, 0) })
 		within(t, 0, "a write beside it", func() error { return d.WriteAt(ctx, p, 1024, 0) })
 		began := time.Now()
-		within(t, 250*time.Millisecond, "a write to it", func() error { return d.WriteAt(ctx, p, 512, 0) })
-		if took := time.Since(began); took < 200*time.Millisecond {
+		within(t, 1100*time.Millisecond, "a write to it", func() error { return d.WriteAt(ctx, p, 512, 0) })
+		if took := time.Since(began); took < 900*time.Millisecond {
 			t.Errorf("it waited %v only", took)
 		}
 		within(t, 0, "the next one", func() error { return d.WriteAt(ctx, p, 512, 0) })

@@ -15,9 +15,9 @@
 // A target that is given up while it lives may still carry out calls that it
 // has. The ones it has are sent again elsewhere with the same bytes, so that is
 // harmless until the same range is written anew. Then it is for the target to
-// know that it is no longer the one (package fence); as a courtesy to calls on
-// their way between two of them, a range whose change was repeated takes no
-// other change for Options.Settle.
+// know that it is no longer the one (package fence); and because a call may be
+// on its way from one target to another, a range whose change was repeated takes
+// no other change until Options.Settle after the target was lost.
 //
 // # How a target is lost
 //

@@ -85,6 +85,10 @@ func (r *ranges) drop(h *hold) {
 
 // settle turns a hold into one that keeps only changes away, and ends it after d.
 func (r *ranges) settle(h *hold, d time.Duration) {
+	if d <= 0 {
+		r.drop(h)
+		return
+	}
 	r.mu.Lock()
 	h.change = false
 	r.grant()
