@@ -224,7 +224,7 @@ func (l *life) primary(r Record) {
 	l.mu.Lock()
 	l.serving = r.Epoch
 	l.mu.Unlock()
-	heard := time.Now()
+	heard := time.Now().Add(-500 * time.Millisecond) // neither there nor gone
 	var hmu sync.Mutex
 	for ctx.Err() == nil {
 		now, _ := l.c.Record()
@@ -480,9 +480,10 @@ func runPair(t *testing.T, seed uint64, long time.Duration) (acked, reads int, c
 				time.Sleep(2 * time.Second)
 				g.cut[0][1].Store(true)
 				g.cut[1][0].Store(true)
-				time.Sleep(time.Duration(g.intn(900)) * time.Millisecond)
+				time.Sleep(time.Duration(500+g.intn(1000)) * time.Millisecond)
 				g.arb.Swap(nil).Close()
 				open()
+				time.Sleep(time.Second)
 			case 9:
 				g.arb.Swap(nil).Close()
 				fs = fs.Crash()
