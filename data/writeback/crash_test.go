@@ -111,7 +111,7 @@ func crashShipper(t testing.TB, c *cuts, l *link, vols ...*front) *Shipper {
 // before each sync, and recovers from it.
 func TestPowerCutAtEverySyncOfTheBackend(t *testing.T) {
 	ctx := within(t)
-	seeds := uint64(4)
+	seeds := uint64(2)
 	if testing.Short() {
 		seeds = 1
 	}
@@ -176,9 +176,9 @@ func TestPowerCutAtEverySyncOfTheBackend(t *testing.T) {
 // TestCrashesOnBothSides runs seeded histories in which either side loses
 // power or its process at some call, in the middle of whatever goes on.
 func TestCrashesOnBothSides(t *testing.T) {
-	seeds := uint64(60)
+	seeds := uint64(40)
 	if testing.Short() {
-		seeds = 12
+		seeds = 8
 	}
 	for seed := range seeds {
 		if !t.Run(fmt.Sprint(seed), func(t *testing.T) {

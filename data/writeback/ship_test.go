@@ -254,7 +254,6 @@ func TestVoidedWrites(t *testing.T) {
 		sc := newScene(t, testSize, "a")
 		sc.s.window = 1 + window
 		v := sc.vols[0]
-		var wg sync.WaitGroup
 		for i := range 40 {
 			scribble(t, sc.rnd, v, 3)
 			if i%3 == 0 {
@@ -381,7 +380,7 @@ func TestBackendWithoutItsState(t *testing.T) {
 // TestDamagedCheckpoint: the file of a stored checkpoint rots before it was
 // carried out.
 func TestDamagedCheckpoint(t *testing.T) {
-	for i := range 60 {
+	for i := range 24 {
 		synctest.Test(t, func(t *testing.T) {
 			sc := newScene(t, testSize, "a", "b")
 			sc.scribble(10)
@@ -403,11 +402,11 @@ func TestDamagedCheckpoint(t *testing.T) {
 			n := slices.IndexFunc(names, func(n string) bool { return path.Ext(n) == storedEnd })
 			file := path.Join("state/writeback", names[n])
 			size := must[int64](t)(func() (int64, error) { s, err := fs.Stat(file); return s.Size, err }())
-			fs.Flip(file, size*int64(i)/60)
+			fs.Flip(file, size*int64(i)/24)
 			sc.restartBackend(fs)
 			st = must[VolumeStatus](t)(sc.b.Status("a"))
 			if !st.Damaged {
-				t.Fatalf("byte %d of %d was flipped and nobody saw it", size*int64(i)/60, size)
+				t.Fatalf("byte %d of %d was flipped and nobody saw it", size*int64(i)/24, size)
 			}
 			if _, err := sc.b.OpenClone(sc.ctx, "a", "x"); block.KindOf(err) != block.KindCorrupt {
 				t.Fatalf("a clone of a damaged source: %v", err)

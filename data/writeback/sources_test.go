@@ -127,7 +127,7 @@ func realSource(t *testing.T, size int64, make func(t *testing.T, dir string) (s
 	rnd := rand.New(rand.NewPCG(3, 3))
 	got := bytes.Clone(v.below.bytes(t))
 	for range 3 {
-		scribble(t, rnd, v, 200)
+		scribble(t, rnd, v, 60)
 		if _, err := s.Checkpoint(ctx); err != nil {
 			t.Fatal(err)
 		}
