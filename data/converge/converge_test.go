@@ -358,6 +358,35 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// TestPreparedTarget: a file that has its size and nothing in it is no reason
+// to ask, and the figures of the cut-over outlive the process.
+func TestPreparedTarget(t *testing.T) {
+	b := newBare(t, 1<<20, nil)
+	f, err := b.fs.Open("/target", disk.Write|disk.Create)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(1 << 20); err != nil {
+		t.Fatal(err)
+	}
+	if state, err := b.job.Run(bg, Request{Target: "/target"}); err != nil || state != Switched {
+		t.Fatal(state, err)
+	}
+	if err := b.job.Finish(); err != nil {
+		t.Fatal(err)
+	}
+	was := b.job.Stats()
+	again, err := NewJob(Options{FS: b.fs, Dir: "/state", Switch: b.sw})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := again.Stats()
+	if now.Pause != was.Pause.Truncate(time.Microsecond) || now.Pause == 0 || again.Plan().Rounds != len(was.Rounds) {
+		t.Errorf("pause %v became %v, rounds %d became %d", was.Pause, now.Pause, len(was.Rounds), again.Plan().Rounds)
+	}
+}
+
 // TestFullTarget: the copy waits and says so, the guest goes on, and it ends
 // when there is space.
 func TestFullTarget(t *testing.T) {

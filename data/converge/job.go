@@ -51,7 +51,7 @@ type Request struct {
 	Threshold int64  // bytes; default DefaultThreshold
 	MaxRounds int    // before the state is NotConverging; default 30
 	InFlight  int    // pieces at once, default 4, at most 8
-	Force     bool   // overwrite a target that is not empty
+	Force     bool   // overwrite a target that holds data
 	// KeepSyncing goes on with rounds when they do not converge, until they do
 	// or ctx ends: the operator's choice, never the default.
 	KeepSyncing bool
@@ -161,7 +161,7 @@ var errCanceled = errors.New("the cut-over was canceled")
 // goes on later from where it was.
 //
 // Errors: KindUnavailable before all data is here, KindExists for a target that
-// is not empty, KindInvalid for one that does not fit, KindBusy while another
+// holds data, KindInvalid for one that does not fit, KindBusy while another
 // Run is under way.
 func (j *Job) Run(ctx context.Context, req Request) (State, error) {
 	if !j.run.TryLock() {
@@ -441,6 +441,8 @@ func (j *Job) cutOver(ctx context.Context, c *copier, target block.Device, req R
 	case err == nil:
 		j.mu.Lock()
 		j.plan.Phase = PhaseSwitched
+		j.plan.Rounds++
+		j.plan.PauseUs = took.Microseconds() // on disk with Finish
 		j.rounds = append(j.rounds, Round{Bytes: j.size, Took: took, Last: true})
 		j.mu.Unlock()
 		j.log.Info("switched to the target", "target", j.plan.Target, "pause", took)
@@ -520,7 +522,13 @@ func (j *Job) prepare(ctx context.Context, req Request) (block.Device, error) {
 	case st.Dir:
 		return nil, fail(block.KindInvalid, "the target is a directory")
 	case !resume && st.Size > 0 && !req.Force:
-		return nil, fail(block.KindExists, "the target exists and is not empty (%d bytes); use another one, or force", st.Size)
+		empty, err := blank(j.opt.FS, req.Target)
+		if err != nil {
+			return nil, fail(0, "it cannot be seen whether the target is empty: %w", err)
+		}
+		if !empty {
+			return nil, fail(block.KindExists, "the target holds data (its size is %d bytes); use another one, or force", st.Size)
+		}
 	}
 	// A power cut may have come while the target was made.
 	short := resume && p.Created && st.Size < size

@@ -43,6 +43,8 @@ type Plan struct {
 	Size      int64  `json:"size"`      // of the volume, bytes
 	Threshold int64  `json:"threshold"` // bytes
 	Rounds    int    `json:"rounds"`    // finished when it was last written
+	// PauseUs is how long the switch held I/O, in microseconds, once done.
+	PauseUs int64 `json:"pause_us,omitempty"`
 	// Doubt: the target failed to flush, so the copy begins anew and zeros are
 	// written even where it shows zeros.
 	Doubt bool `json:"doubt,omitempty"`

@@ -62,6 +62,13 @@ func (j *Job) Stats() Stats {
 	if s.State == Copying && j.held != nil {
 		s.State = Held
 	}
+	if j.state == Switched && j.cancel == nil && len(j.rounds) == 0 { // before a restart
+		s.Pause = time.Duration(j.plan.PauseUs) * time.Microsecond
+	}
+	if j.cancel != nil {
+		// What the sweep has claimed and not copied yet is in no mark.
+		s.Changeset = max(s.Changeset, s.Size-s.Copied)
+	}
 	if d := time.Since(j.began).Seconds(); j.cancel != nil && s.Size > 0 && d > 0 {
 		s.Rate = float64(s.Copied) / d
 		if s.Rate > 0 {
