@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"forerun/block"
 	"forerun/data/converge"
 	"forerun/data/source/raw"
+	"forerun/disk"
 )
 
 // CutoverOptions says where a volume goes.
@@ -49,7 +51,7 @@ func bootID() string {
 }
 
 // openTarget opens native storage exclusively; with create it makes a file
-// that is not there and gives an empty one the size.
+// that is not there and gives an empty one the size, both durably.
 func openTarget(_ context.Context, path string, size int64, create bool) (block.Device, error) {
 	const op = "target.open"
 	if create {
@@ -59,7 +61,12 @@ func openTarget(_ context.Context, path string, size int64, create bool) (block.
 		}
 		fi, err := f.Stat()
 		if err == nil && fi.Mode().IsRegular() && fi.Size() == 0 {
-			err = f.Truncate(size)
+			if err = f.Truncate(size); err == nil {
+				err = f.Sync()
+			}
+			if err == nil {
+				err = disk.OS().SyncDir(filepath.Dir(path))
+			}
 		}
 		if err = errors.Join(err, f.Close()); err != nil {
 			return nil, block.E(op, path, block.KindNone, err)
@@ -117,12 +124,52 @@ func (v *Volume) StartCutover(o CutoverOptions) error {
 	if v.Switched() {
 		return block.E("cutover", v.meta.Volume, block.KindExists, fmt.Errorf("the volume was cut over to %s already", v.plan().Target))
 	}
+	if err := v.reserved(o.Target); err != nil {
+		return err
+	}
 	if !o.Wait {
 		if err := v.ready(); err != nil {
 			return err
 		}
 	}
 	return v.launch(o, o.Target)
+}
+
+// reserved refuses a target that leads into a directory of ours, also through
+// symbolic links. The name that is kept is the one that was given: a link such
+// as those in /dev/disk/by-id may be what survives a reboot.
+func (v *Volume) reserved(target string) error {
+	real := resolve(target)
+	for _, dir := range v.opts.Reserved {
+		if rel, err := filepath.Rel(resolve(dir), real); err == nil && rel != ".." && !strings.HasPrefix(rel, "../") {
+			return block.E("cutover", v.meta.Volume, block.KindInvalid, fmt.Errorf("the target %s lies in %s, which is in use; choose another place", target, dir))
+		}
+	}
+	return nil
+}
+
+// resolve follows symbolic links, also those that lead to what is not there yet.
+func resolve(p string) string {
+	const most = 40 // links in a row, as in the kernel
+	p = filepath.Clean(p)
+	for range most {
+		if r, err := filepath.EvalSymlinks(p); err == nil {
+			return r
+		}
+		l, err := os.Readlink(p)
+		if err != nil {
+			break
+		}
+		if !filepath.IsAbs(l) {
+			l = filepath.Join(filepath.Dir(p), l)
+		}
+		p = l
+	}
+	dir := filepath.Dir(p)
+	if dir == p {
+		return p
+	}
+	return filepath.Join(resolve(dir), filepath.Base(p))
 }
 
 func (v *Volume) launch(o CutoverOptions, target string) error {
@@ -190,10 +237,14 @@ func (v *Volume) leaveSource() {
 // CancelCutover gives up a cut-over that has not switched; the source stays primary.
 func (v *Volume) CancelCutover(ctx context.Context) error {
 	v.cutover.mu.Lock()
-	if v.waiting != "" {
+	waits := v.waiting != ""
+	if waits {
 		v.cutover.cancel()
 	}
 	v.cutover.mu.Unlock()
+	if waits {
+		v.cutover.group.Wait() // so that the status tells
+	}
 	return v.job.Cancel(ctx)
 }
 
@@ -280,7 +331,10 @@ func (v *Volume) cutoverStatus() api.Cutover {
 	case converge.Stopped:
 		c.State = "canceled"
 	case converge.Switched:
-		c.PauseUs = s.Pause.Microseconds()
+		c.PauseUs, c.CopiedBytes = s.Pause.Microseconds(), s.Written
+		if c.Rounds == 0 { // before a restart
+			c.Rounds = v.job.Plan().Rounds
+		}
 	}
 	v.cutover.mu.Lock()
 	defer v.cutover.mu.Unlock()
