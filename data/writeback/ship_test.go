@@ -271,7 +271,6 @@ func TestVoidedWrites(t *testing.T) {
 				}
 			}
 		}
-		wg.Wait()
 		sc.checkpoint()
 		sc.equal(fmt.Sprint("windows of ", sc.s.window))
 	}
