@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"math/rand/v2"
 	"sync"
@@ -537,5 +536,5 @@ func TestPairNeverServesTwice(t *testing.T) {
 	if acked == 0 || reads == 0 || all[CauseTakeover] == 0 || all[CauseHandover] == 0 {
 		t.Error("too little happened")
 	}
-	t.Log(fmt.Sprintf("%d writes acknowledged, %d reads answered, primaries by %v", acked, reads, all))
+	t.Logf("%d writes acknowledged, %d reads answered, primaries by %v", acked, reads, all)
 }

@@ -42,7 +42,7 @@ type Options struct {
 	// may lie in p. The context ends with the connection. Without Serve requests
 	// are answered with KindUnsupported.
 	Serve func(ctx context.Context, typ uint8, p []byte) ([]byte, error)
-	Log   *slog.Logger // none if nil
+	Log   *slog.Logger // the end of the connection, for debugging; none if nil
 }
 
 func (o *Options) fill() {
@@ -186,6 +186,7 @@ func (c *Conn) fail(err error) {
 	c.room.Broadcast()
 	c.mu.Unlock()
 	abort(c.nc)
+	c.o.Log.Debug("connection ended", "peer", address(c.nc), "err", err)
 }
 
 // lost is what callers are told; c.err is set.
