@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -106,6 +107,32 @@ func (b *bank) note(client int, seq int64, took time.Duration) error {
 	}
 	fmt.Fprintln(b.record, client, seq)
 	return b.record.Flush()
+}
+
+// progress waits until each client has made n more commits.
+func (b *bank) progress(ctx context.Context, n int64, limit time.Duration) error {
+	b.mu.Lock()
+	from := slices.Clone(b.acked)
+	b.mu.Unlock()
+	for end := time.Now().Add(limit); ; {
+		b.mu.Lock()
+		least := int64(math.MaxInt64)
+		for i, a := range b.acked {
+			least = min(least, a-from[i])
+		}
+		b.mu.Unlock()
+		if least >= n {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("a client made %d commits in %v", least, limit)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // commits is how many were acknowledged.

@@ -40,9 +40,6 @@ func Failover(ctx context.Context, o Options, r Report) (err error) {
 	if err := p.Start(k.ctx); err != nil {
 		return err
 	}
-	if err := d.dial(p.Proxy); err != nil {
-		return err
-	}
 	var longest, resync time.Duration
 	for i := range o.N {
 		how := []string{killPrimary, killPrimary, killSecondary, freezePrimary, freezeSecondary}[k.rng.IntN(5)]
@@ -66,6 +63,14 @@ func Failover(ctx context.Context, o Options, r Report) (err error) {
 func (k *run) fail(p *Pair, d *disk, how string) (resync time.Duration, err error) {
 	first, second, err := p.Primary(k.ctx, d.name)
 	if err != nil {
+		return 0, err
+	}
+	// A client of the node that lives, without a proxy, sees no error either.
+	at := p.Proxy
+	if (how == killPrimary || how == freezePrimary) && k.rng.IntN(3) == 0 {
+		at = second
+	}
+	if err := d.dial(at); err != nil {
 		return 0, err
 	}
 	d.work(load.Config{Pause: 2 * time.Millisecond})
@@ -93,7 +98,7 @@ func (k *run) fail(p *Pair, d *disk, how string) (resync time.Duration, err erro
 	}
 	k.sleep(300 * time.Millisecond)
 	if err := d.rest(); err != nil {
-		return 0, err
+		return 0, fmt.Errorf("at %s: %w", at.Name, err)
 	}
 	return resync, d.judge("after " + how)
 }

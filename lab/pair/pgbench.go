@@ -205,7 +205,12 @@ func (b *bankRun) replicated() error {
 	start := time.Now()
 	err = b.during(func() error {
 		for i := range b.N {
-			b.sleep(b.between(time.Second, 4*time.Second))
+			// Every client goes on before the next one, so that no transaction
+			// adds up the stalls of several.
+			if err := b.bank.progress(b.ctx, 5, time.Minute); err != nil {
+				return err
+			}
+			b.sleep(b.between(500*time.Millisecond, 3*time.Second))
 			primary, _, err := p.Primary(b.ctx, "db")
 			if err != nil {
 				return err
