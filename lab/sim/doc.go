@@ -21,7 +21,8 @@
 //   - While one node is left that had all, nothing acknowledged is lost. When
 //     both are lost, a sector holds the newest write that was durable (flushed,
 //     FUA, or acknowledged by a node that was alone under the policy degrade) or
-//     one behind it; which, the first read decides for good.
+//     one behind it; which, the first read decides for good. As the disk tears
+//     sectors, it may also be none of them whole, and then stays so.
 //   - Whoever acknowledges does so in an epoch that was granted, and that was
 //     the newest in force at some moment while the request was under way. An
 //     epoch is in force from when the node that got it knows.

@@ -65,6 +65,8 @@ type cell struct {
 	since    int64    // moment of the last loss
 	old      []*write // what the loss may have left; the first read of one decides
 	seen     *version // that one
+	torn     string   // what the loss left when it was none of old whole
+	mayTear  bool     // a write to it was not durable in a loss
 }
 
 // zone is what the sector's register says about one value: with first < last it
@@ -208,6 +210,9 @@ func (h *History) read(vol int, s int64, p []byte, begin int64) {
 	h.stats.Sectors++
 	c := &h.vols[vol].sectors[s]
 	id, zero, err := unstamp(p, vol, s)
+	if err != nil && c.leftTorn(p, begin) {
+		return
+	}
 	if err != nil {
 		h.fail("volume %d sector %d: a read at %d gave %v", vol, s, begin, err)
 		return
@@ -246,6 +251,17 @@ func (h *History) read(vol int, s int64, p []byte, begin int64) {
 		}
 	}
 	h.fail("volume %d sector %d: a read at %d gave write %d, which was gone for good since the loss at %d", vol, s, begin, id, c.since)
+}
+
+// leftTorn says whether a loss may have left bytes that are no write whole: a
+// disk that loses power tears the sector it writes. They stay the same until
+// somebody overwrites them.
+func (c *cell) leftTorn(p []byte, begin int64) bool {
+	if len(c.old) < 2 || c.seen != nil || c.torn != "" && c.torn != string(p) || c.superseded(&write{begin: c.since, end: c.since}, begin) {
+		return false
+	}
+	c.torn = string(p)
+	return true
 }
 
 // readZero judges a read of zeros. All zeros are alike, so it only asks whether
@@ -375,7 +391,7 @@ func (h *History) Lose(vol int) {
 			left = append(left, c.old...)
 		}
 		old := c.versions
-		*c = cell{since: h.now, old: left}
+		*c = cell{since: h.now, old: left, mayTear: c.mayTear || len(left) > 1}
 		for _, v := range old {
 			if v.w.end == never { // its client goes on trying
 				c.versions = append(c.versions, &version{w: v.w, firstRead: never})

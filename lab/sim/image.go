@@ -15,6 +15,7 @@ func (h *History) Image(images [][]byte, after, before int64) error {
 	type place struct {
 		w    *write
 		zero bool
+		torn bool // by a loss: nothing is known of it
 	}
 	reach := after
 	got := make([][]place, len(images))
@@ -24,6 +25,9 @@ func (h *History) Image(images [][]byte, after, before int64) error {
 		for s := range got[vol] {
 			id, zero, err := unstamp(p[s*Sector:][:Sector], vol, int64(s))
 			switch {
+			case err != nil && h.vols[vol].sectors[s].mayTear:
+				got[vol][s] = place{torn: true}
+				continue
 			case err != nil:
 				return fmt.Errorf("volume %d sector %d of the image holds %w", vol, s, err)
 			case zero || id == 0:
@@ -45,7 +49,7 @@ func (h *History) Image(images [][]byte, after, before int64) error {
 	// something that is surely older.
 	behind := func(p place, w *write) bool {
 		switch {
-		case w.lost:
+		case w.lost, p.torn:
 			return false
 		case p.w == w || p.zero && w.zero:
 			return false
