@@ -53,6 +53,8 @@ func TestMistakesAreToldAtOnce(t *testing.T) {
 		{append(front, "--export", "nbd://localhost", "--state", ""), "--state"},
 		{[]string{"backend", "--pki", s.path("pki"), "--name", "old", "--state", s.path("b"), "--listen", "", "--volume", "v=x"}, "--listen"},
 		{[]string{"backend", "--pki", s.path("pki"), "--name", "old", "--state", s.path("b"), "--listen", ":0", "--volume", "..=x"}, ".."},
+		{[]string{"pki", "issue", "--dir", s.path("pki"), "--role", "backend", "--name", "x", "--host", ""}, "--host"},
+		{[]string{"pki", "issue", "--dir", s.path("pki"), "--role", "backend", "--name", "x", "--host", "a.example:7410"}, "without a port"},
 		{[]string{"fill", "stop"}, "stop"},
 		{[]string{"pki", "issues"}, "issues"},
 		{[]string{"status", "--state", s.dir, "--watch", "--interval", "0"}, "--interval"},

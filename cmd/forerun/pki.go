@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"forerun/internal/pki"
@@ -44,6 +45,9 @@ func pkiIssueCommand() *cobra.Command {
 		Short: "Issue a certificate: NAME.crt and NAME.key", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			req.Role = pki.Role(role)
+			if len(strings.TrimSpace(strings.Join(req.Hosts, ""))) == 0 {
+				return fmt.Errorf("--host is empty: others verify the host they reach a node at; give a name or an address")
+			}
 			req.Lifetime = time.Duration(days) * 24 * time.Hour
 			if err := pki.Issue(dir, req); err != nil {
 				return err

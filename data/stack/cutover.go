@@ -124,6 +124,9 @@ func (v *Volume) StartCutover(o CutoverOptions) error {
 	if v.Switched() {
 		return block.E("cutover", v.meta.Volume, block.KindExists, fmt.Errorf("the volume was cut over to %s already", v.plan().Target))
 	}
+	if !filepath.IsAbs(o.Target) {
+		return block.E("cutover", v.meta.Volume, block.KindInvalid, fmt.Errorf("the target %q is not an absolute path; after a restart elsewhere it would be another one", o.Target))
+	}
 	if err := v.reserved(o.Target); err != nil {
 		return err
 	}

@@ -35,3 +35,11 @@ func TestReservedTargets(t *testing.T) {
 		}
 	}
 }
+
+// TestRelativeTarget: the plan outlives the working directory.
+func TestRelativeTarget(t *testing.T) {
+	v := &Volume{}
+	if err := v.StartCutover(CutoverOptions{Target: "disk.raw"}); block.KindOf(err) != block.KindInvalid {
+		t.Error(err)
+	}
+}

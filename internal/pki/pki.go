@@ -30,6 +30,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"forerun/block"
@@ -143,6 +144,29 @@ func Init(dir string) error {
 	return nil
 }
 
+// addHosts puts the names and addresses into t. A name that no client could ask
+// for would only be found out when it is refused.
+func addHosts(t *x509.Certificate, r Request) error {
+	bad := func(h, why string) error {
+		return block.E("pki.issue", r.Name, block.KindInvalid, fmt.Errorf("host %q %s", h, why))
+	}
+	for _, h := range r.Hosts {
+		h = strings.TrimSpace(h)
+		if ip := net.ParseIP(strings.TrimSuffix(strings.TrimPrefix(h, "["), "]")); ip != nil {
+			t.IPAddresses = append(t.IPAddresses, ip)
+			continue
+		}
+		switch {
+		case h == "": // of a list like "a,"
+			continue
+		case strings.ContainsAny(h, ":/[] \t"):
+			return bad(h, "is neither a host name nor an address; give it without a port")
+		}
+		t.DNSNames = append(t.DNSNames, h)
+	}
+	return nil
+}
+
 // Issue writes dir/NAME.key (PKCS 8, mode 0600) and dir/NAME.crt, signed by
 // the authority in dir.
 func Issue(dir string, r Request) error {
@@ -194,12 +218,8 @@ func Issue(dir string, r Request) error {
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		URIs:         []*url.URL{{Scheme: scheme, Host: domain, Path: "/" + r.Role + "/" + r.Name}},
 	}
-	for _, h := range r.Hosts {
-		if ip := net.ParseIP(h); ip != nil {
-			t.IPAddresses = append(t.IPAddresses, ip)
-		} else if h != "" {
-			t.DNSNames = append(t.DNSNames, h)
-		}
+	if err := addHosts(t, r); err != nil {
+		return err
 	}
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"io/fs"
 	"net"
@@ -119,6 +120,8 @@ func TestInvalidRequests(t *testing.T) {
 	for _, r := range []Request{
 		{Role: "king", Name: "a"}, {Role: RoleBackend}, {Role: RoleBackend, Name: "ca"},
 		{Role: RoleBackend, Name: "../x"}, {Role: RoleBackend, Name: strings.Repeat("x", 64)}, {Role: RoleBackend, Name: ".x"},
+		{Role: RoleBackend, Name: "x", Hosts: []string{"old.example:7410"}}, {Role: RoleBackend, Name: "x", Hosts: []string{"a b"}},
+		{Role: RoleBackend, Name: "x", Hosts: []string{"https://old.example"}},
 	} {
 		if err := Issue(dir, r); block.KindOf(err) != block.KindInvalid {
 			t.Errorf("%+v: %v", r, err)
@@ -126,6 +129,29 @@ func TestInvalidRequests(t *testing.T) {
 	}
 	if _, err := ServerTLS(dir, "x", "king"); block.KindOf(err) != block.KindInvalid {
 		t.Errorf("role king: %v", err)
+	}
+}
+
+// TestHosts: addresses may be written as in a URL, and a list may end in a comma.
+func TestHosts(t *testing.T) {
+	dir := authority(t)
+	issue(t, dir, Request{Role: RoleBackend, Name: "b", Hosts: []string{"old.example", " 192.0.2.1", "[2001:db8::1]", "::1", ""}})
+	b, err := os.ReadFile(filepath.Join(dir, "b.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, _ := pem.Decode(b)
+	c, err := x509.ParseCertificate(p.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range []string{"old.example", "192.0.2.1", "2001:db8::1", "::1"} {
+		if err := c.VerifyHostname(h); err != nil {
+			t.Error(err)
+		}
+	}
+	if len(c.DNSNames) != 1 || len(c.IPAddresses) != 3 {
+		t.Errorf("%q, %v", c.DNSNames, c.IPAddresses)
 	}
 }
 
