@@ -39,7 +39,7 @@ func unstamp(p []byte, vol int, sector int64) (id int, zero bool, err error) {
 	if le.Uint64(p) != magic {
 		for _, b := range p {
 			if b != 0 {
-				return 0, false, fmt.Errorf("foreign bytes %x...", p[:16])
+				return 0, false, fmt.Errorf("foreign bytes, first %x", p[:16])
 			}
 		}
 		return 0, true, nil

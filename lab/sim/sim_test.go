@@ -22,9 +22,8 @@ func number(name string, other int) int {
 // bubble: channels belong to the bubble that makes them.
 var warm = sync.OnceFunc(func() {
 	plain := make([]byte, 64<<10)
-	p := chunk.Seal(nil, plain[:1024], chunk.Zstd)
 	copy(plain, "so that it is not zeros")
-	p = chunk.Seal(nil, plain, chunk.Zstd)
+	p := chunk.Seal(nil, plain, chunk.Zstd)
 	if err := p.Open(plain); err != nil {
 		panic(err)
 	}

@@ -67,7 +67,6 @@ type toyNode struct {
 	life    int
 	mem     [][]byte
 	platter [][]byte
-	ends    []func() // restarts
 }
 
 func clone(v [][]byte) [][]byte {
