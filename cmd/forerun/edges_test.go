@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"forerun/api"
+	"forerun/api/client"
 )
 
 // TestOneVolumeDoesNotHoldBackAnother: a volume that the backend does not have
@@ -74,4 +76,42 @@ func TestMistakesAreToldAtOnce(t *testing.T) {
 			t.Errorf("%q: %v\n%s", c.args, err, out)
 		}
 	}
+}
+
+// TestLostSourceIsShown: a backend whose source's server is away says so, and
+// the workload waits for it rather than fail.
+func TestLostSourceIsShown(t *testing.T) {
+	need(t, "nbdkit", "nbdcopy")
+	s := newSite(t)
+	src := s.disk("src.raw", 8*mib, 4)
+	sock := s.path("kit.sock")
+	kit := func() *proc {
+		_ = os.Remove(sock)
+		p := start(t, s.path("kit.log"), "nbdkit", "-f", "-U", sock, "-r", "file", src)
+		s.await(p, func() bool { _, err := os.Stat(sock); return err == nil })
+		return p
+	}
+	waiting := func() string {
+		v, err := client.New(s.path("bstate")).Volume(t.Context(), "v")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v.Waiting
+	}
+	p := kit()
+	s.startBackend("v=nbd+unix:///?socket=" + sock)
+	s.startFrontend([]string{"v"}, "--fill-paused", "--policy", "isolated")
+	if w := waiting(); w != "" {
+		t.Errorf("waiting %q", w)
+	}
+	p.end(t, syscall.SIGKILL)
+	s.await(s.backend, func() bool { return strings.Contains(waiting(), "the source does not answer") })
+	copying := start(t, s.path("copy.log"), "nbdcopy", s.uri("v"), s.path("out.raw"))
+	p = kit()
+	defer p.end(t, syscall.SIGKILL)
+	s.await(s.backend, func() bool { return waiting() == "" })
+	if err := <-copying.done; err != nil {
+		t.Fatal(err)
+	}
+	same(t, src, s.path("out.raw"))
 }

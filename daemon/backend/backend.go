@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"forerun/api"
@@ -73,8 +74,9 @@ type Backend struct {
 
 type served struct {
 	spec Volume
-	dev  block.Device    // nil: it was given back in an earlier life
-	loss *writeback.Loss // guarded by Backend.mu: of an abort by force
+	away atomic.Pointer[string] // why calls of dev wait for its server, nil or empty when they do not
+	dev  block.Device           // nil: it was given back in an earlier life
+	loss *writeback.Loss        // guarded by Backend.mu: of an abort by force
 }
 
 // New checks cfg and returns the daemon, which has done nothing yet.
@@ -162,15 +164,18 @@ func (b *Backend) openSources(ctx context.Context) error {
 			b.cfg.Log.Warn("the move of this volume was called off; its source is not opened (forerun discard forgets that)", "volume", v.Name)
 			continue
 		}
+		s := &served{spec: v}
 		dev, err := source.Open(ctx, v.Source, source.Options{
 			Log:      b.cfg.Log.With("volume", v.Name),
+			OnState:  func(why string) { s.away.Store(&why) },
 			StateDir: b.socketDir(),
 			ReadOnly: b.cfg.ReadOnly, WriteImages: !b.cfg.ReadOnly,
 		})
 		if err != nil {
 			return fmt.Errorf("volume %s: %w", v.Name, err)
 		}
-		b.open[v.Name] = &served{spec: v, dev: block.NewChecked("source "+v.Name, dev)}
+		s.dev = block.NewChecked("source "+v.Name, dev)
+		b.open[v.Name] = s
 		b.names = append(b.names, v.Name)
 		i := dev.Info()
 		b.cfg.Log.Info("source is owned", "volume", v.Name, "source", v.Source, "size", i.Size, "read_only", i.ReadOnly)
@@ -239,6 +244,9 @@ func (b *Backend) status(s *served) api.Volume {
 		WAN: api.WAN{DemandBytes: st.DemandBytes, BackgroundBytes: st.BackgroundBytes, SentBytes: st.SentBytes,
 			ReceivedBytes: st.ReceivedBytes, Connected: st.Sessions > 0},
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"},
+	}
+	if why := s.away.Load(); why != nil && *why != "" {
+		v.Waiting = "the source does not answer: " + *why
 	}
 	b.pairStatus(s, &v)
 	return v

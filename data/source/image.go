@@ -87,6 +87,7 @@ func openImage(ctx context.Context, path, format string, o Options) (*Image, err
 		Network: "unix", Address: srv.socket(),
 	}, nbd.Options{
 		Connections: conns, ReadOnly: !write, ReconnectTimeout: o.ReconnectTimeout, Log: o.Log,
+		OnState: o.OnState,
 		ID: claim.ID() + ":" + format,
 	})
 	if err == nil {

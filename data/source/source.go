@@ -21,6 +21,9 @@ type Options struct {
 	Log *slog.Logger
 	// ReadOnly never changes the source.
 	ReadOnly bool
+	// OnState, if set, is told why calls wait for the server of the source, and
+	// with an empty text when they do not any more. It must not call the source.
+	OnState func(why string)
 	// WriteImages lets an image with ?format= be written, which is read-only otherwise.
 	WriteImages bool
 	// StateDir is where directories for private sockets are made. Empty is the
@@ -59,6 +62,7 @@ func Open(ctx context.Context, spec string, o Options) (block.Device, error) {
 		}
 		return device(nbd.Open(ctx, t, nbd.Options{
 			Connections: o.Connections, ReadOnly: o.ReadOnly, ReconnectTimeout: o.ReconnectTimeout, Log: o.Log,
+			OnState: o.OnState,
 		}))
 	case s.format != "" && s.format != "raw":
 		return device(openImage(ctx, s.path, s.format, o))

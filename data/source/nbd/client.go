@@ -30,6 +30,9 @@ type Options struct {
 	Connections int
 	// ReadOnly never changes the export.
 	ReadOnly bool
+	// OnState, if set, is told why calls wait for a server out of reach, and
+	// with an empty text when they do not any more. It must not call the client.
+	OnState func(why string)
 	// ReconnectTimeout is how long calls wait for a server out of reach before
 	// they fail with KindUnavailable. 0 waits until the caller's context ends.
 	ReconnectTimeout time.Duration

@@ -85,6 +85,7 @@ func (cl *Client) connect() (*conn, error) {
 		if cl.fatal == nil {
 			cl.fatal = err
 			cl.log.Error("the NBD export is not what it was; it must be opened again", "uri", cl.target.URI, "err", err)
+			cl.tell(err.Error())
 			cl.broadcast()
 		}
 		cl.mu.Unlock()
@@ -126,6 +127,9 @@ func (cl *Client) install(i int, c *conn) bool {
 	if cl.alive == 1 && !cl.downSince.IsZero() {
 		cl.log.Info("the NBD server is back", "uri", cl.target.URI, "after", time.Since(cl.downSince).Round(time.Millisecond))
 	}
+	if !cl.downSince.IsZero() {
+		cl.tell("")
+	}
 	cl.downSince, cl.why = time.Time{}, nil
 	cl.broadcast()
 	return true
@@ -147,6 +151,7 @@ func (cl *Client) uninstall(i int, c *conn, err error) {
 	cl.log.Warn("lost a connection to the NBD server", "uri", cl.target.URI, "err", err, "others", cl.alive)
 	if cl.alive == 0 {
 		cl.downSince, cl.why = time.Now(), err
+		cl.tell("the NBD server was lost: " + err.Error())
 		cl.broadcast()
 	}
 }
@@ -160,8 +165,18 @@ func (cl *Client) unreachable(err error) bool {
 			cl.log.Warn("the NBD server cannot be reached", "uri", cl.target.URI, "err", err)
 		}
 		cl.why = err
+		if cl.fatal == nil {
+			cl.tell("the NBD server cannot be reached: " + err.Error())
+		}
 	}
 	return cl.fatal == nil
+}
+
+// tell passes a change of state on. cl.mu is held.
+func (cl *Client) tell(why string) {
+	if cl.opt.OnState != nil {
+		cl.opt.OnState(why)
+	}
 }
 
 // broadcast wakes everybody in pick. cl.mu is held.
