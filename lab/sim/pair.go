@@ -301,6 +301,11 @@ func (p *pair) runBackend(m *machine, r *process, fs disk.FS) error {
 		return err
 	}
 	r.backend = rec
+	// What was stored is in the sources now, and nothing that came later.
+	images, after, before := p.stated(rec, r.sources)
+	if err := p.h.Image(images, after, before); err != nil {
+		p.h.Fail("the backend has started, and %v", err)
+	}
 	for _, node := range []int{NodeA, NodeB} {
 		name := machineNames[node]
 		err := p.serve(r, node, m.id, "writeback", func(ctx context.Context, typ uint8, b []byte) ([]byte, error) {
@@ -806,18 +811,15 @@ func (p *pair) settle() ([][]byte, error) {
 		wait(ctx, 100*time.Millisecond)
 	}
 	p.log.Add("last checkpoint %d: %d bytes", res.ID, res.Bytes)
-	return p.images(), p.h.Err()
-}
-
-func (p *pair) images() [][]byte {
-	out := make([][]byte, p.s.Volumes)
-	for v, d := range p.m[Backend].proc.Load().sources {
-		out[v] = make([]byte, volumeSize)
-		if err := d.ReadAt(p.ctx, out[v], 0, 0); err != nil {
-			p.h.Fail("reading a source: %v", err)
+	if p.s.Abort { // the move is called off
+		for v := range p.s.Volumes {
+			if err := p.m[NodeA].proc.Load().ship.Release(ctx, volumeName(v)); err != nil {
+				return nil, fmt.Errorf("giving the source of volume %d back: %w", v, err)
+			}
 		}
 	}
-	return out
+	images, _, _ := p.stated(p.m[Backend].proc.Load().backend, p.m[Backend].proc.Load().sources)
+	return images, p.h.Err()
 }
 
 // disaster ends both nodes for good, cuts the power of the backend, and takes
@@ -841,17 +843,31 @@ func (p *pair) disaster() ([][]byte, int64, int64, error) {
 			return nil, 0, 0, errors.Join(p.h.Err(), fmt.Errorf("the backend does not come back: %w", errLate))
 		}
 	}
-	after, before := int64(0), int64(never)
-	for v := range p.s.Volumes {
-		st, err := p.m[Backend].proc.Load().backend.Status(volumeName(v))
+	r := p.m[Backend].proc.Load()
+	images, after, before := p.stated(r.backend, r.sources)
+	return images, after, before, nil
+}
+
+// stated reads the sources, and gives the moments of the cut that the backend
+// says they are.
+func (p *pair) stated(rec *writeback.Receiver, sources []*image) (images [][]byte, after, before int64) {
+	before = never
+	for v, d := range sources {
+		b := make([]byte, volumeSize)
+		if err := d.ReadAt(p.ctx, b, 0, 0); err != nil && p.ctx.Err() == nil {
+			p.log.Add("reading a source: %v", err)
+			return p.base, 0, never // it went down again
+		}
+		images = append(images, b)
+		st, err := rec.Status(volumeName(v))
 		if err != nil || st.LastID == 0 {
 			continue
 		}
-		a, b := p.h.Around(st.LastCut)
-		p.log.Add("the backend states checkpoint %d of volume %d, cut at %d to %d", st.LastID, v, a, b)
-		after, before = max(after, a+1), min(before, b-1)
+		last, next := p.h.Around(st.LastCut)
+		p.log.Add("the backend states checkpoint %d of volume %d, cut at %d to %d", st.LastID, v, last, next)
+		after, before = max(after, last+1), min(before, next-1)
 	}
-	return p.images(), after, before, nil
+	return images, after, before
 }
 
 func (p *pair) close() {

@@ -79,6 +79,7 @@ type Schedule struct {
 	Remote   bool          // the arbiter has a machine of its own
 	Rate     float64       // how fast the arbiter's clock runs, by the nodes'
 	Disaster bool          // in the end both nodes are gone for good
+	Abort    bool          // in the end the sources are given back
 	Apart    bool          // no two writes to a sector are under way at once
 	Filled   bool          // the nodes have everything at first
 	Journal  int64         // most bytes of a volume's journal
@@ -90,8 +91,8 @@ type Schedule struct {
 // String prints the schedule.
 func (s Schedule) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "seed %d: %d volumes, %d clients each, %v long, pause %v, rtt %v, wan %v, degrade %v, own arbiter %v, clock %.3f, disaster %v, apart %v, filled %v, journal %d, interval %v, fail-back %v\n",
-		s.Seed, s.Volumes, s.Clients, s.Length, s.Pause, s.RTT, s.WANRTT, s.Degrade, s.Remote, s.Rate, s.Disaster, s.Apart, s.Filled, s.Journal, s.Interval, s.FailBack)
+	fmt.Fprintf(&b, "seed %d: %d volumes, %d clients each, %v long, pause %v, rtt %v, wan %v, degrade %v, own arbiter %v, clock %.3f, disaster %v, abort %v, apart %v, filled %v, journal %d, interval %v, fail-back %v\n",
+		s.Seed, s.Volumes, s.Clients, s.Length, s.Pause, s.RTT, s.WANRTT, s.Degrade, s.Remote, s.Rate, s.Disaster, s.Abort, s.Apart, s.Filled, s.Journal, s.Interval, s.FailBack)
 	for _, e := range s.Events {
 		fmt.Fprintln(&b, e)
 	}
@@ -111,7 +112,7 @@ func Plan(seed uint64) Schedule {
 		RTT: ms(0, 4), WANRTT: ms(1, 60), Degrade: r.IntN(4) > 0, Remote: r.IntN(3) > 0, Disaster: r.IntN(3) == 0,
 		Rate: 1 + (r.Float64()-0.5)/4, Filled: r.IntN(2) == 0,
 		Journal: []int64{256 << 10, 512 << 10, 4 << 20}[r.IntN(3)], Interval: ms(300, 4000),
-		Apart: r.IntN(4) > 0, FailBack: []time.Duration{0, 0, 2 * time.Second}[r.IntN(3)],
+		Apart: r.IntN(4) > 0, Abort: seed%2 == 0, FailBack: []time.Duration{0, 0, 2 * time.Second}[r.IntN(3)],
 	}
 	weights := make([]int, faults)
 	total := 0
