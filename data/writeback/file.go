@@ -293,16 +293,6 @@ func (h *fileHeader) bounds() []bounds {
 	return out
 }
 
-// full says whether all of the volumes are complete in this checkpoint.
-func (h *fileHeader) full() bool {
-	for _, v := range h.Volumes {
-		if !v.Full {
-			return false
-		}
-	}
-	return true
-}
-
 func (c *checkpointFile) close() {
 	if c.file != nil {
 		c.file.Close() // everything that matters was synced

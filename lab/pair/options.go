@@ -43,8 +43,6 @@ type run struct {
 	bin  string
 	temp bool
 	ends []func() error
-	// failed is set by close's caller: the evidence stays.
-	failed bool
 }
 
 // keptMark is the file in a temporary directory that is to stay; package bench

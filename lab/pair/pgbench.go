@@ -49,7 +49,6 @@ type bankRun struct {
 	mount   *Mount
 	db      *Cluster
 	bank    *bank
-	killed  time.Time
 }
 
 // prepare makes a database at the old home: a source disk with ext4 and a
