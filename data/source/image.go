@@ -88,7 +88,7 @@ func openImage(ctx context.Context, path, format string, o Options) (*Image, err
 	}, nbd.Options{
 		Connections: conns, ReadOnly: !write, ReconnectTimeout: o.ReconnectTimeout, Log: o.Log,
 		OnState: o.OnState,
-		ID: claim.ID() + ":" + format,
+		ID:      claim.ID() + ":" + format,
 	})
 	if err == nil {
 		return &Image{Client: c, claim: claim, srv: srv}, nil
