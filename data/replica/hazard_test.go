@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -231,6 +232,16 @@ func TestJoinerIsFlushed(t *testing.T) {
 			put(t, a, 1, i*4096, 0)
 		}
 		must(t, a.volume().Flush(bg, 0))
+		var flushed atomic.Bool
+		f := func(c blocktest.Call, _ <-chan struct{}) {
+			if c.Op != "flush" || flushed.Swap(true) {
+				return
+			}
+			if r, _ := w.arb.Record("v"); r.Member("b") {
+				t.Error("a member before it was flushed")
+			}
+		}
+		b.hook.Store(&f)
 		b.start()
 		w.pair(time.Minute)
 		a.kill(true)
@@ -273,6 +284,63 @@ func TestPowerCutOfThePrimary(t *testing.T) {
 			w.equal()
 		})
 	}
+}
+
+// The other node has a write that nobody was told of. A primary whose process
+// was restarted answers nothing before both are equal again.
+func TestRestartSettlesFirst(t *testing.T) {
+	hazard(t, nil, func(t *testing.T, w *world, a, b *node) {
+		put(t, a, 1, 0, 0)
+		time.Sleep(2 * time.Second) // for the holds
+		caught, _ := a.block(0)
+		go a.volume().WriteAt(bg, bytes.Repeat([]byte{2}, 4096), 0, 0)
+		<-caught
+		w.links["a>b"].Partition(wan.Both, true)
+		a.kill(false)
+		a.start()
+		answered := make(chan byte, 1)
+		go func() { answered <- get(t, a.volume(), 0) }()
+		time.Sleep(500 * time.Millisecond)
+		if len(answered) > 0 {
+			t.Error("answered before anything was settled")
+		}
+		w.links["a>b"].Partition(wan.Both, false)
+		c := <-answered
+		w.pair(time.Minute)
+		w.equal()
+		if d := get(t, b.volume(), 0); d != c {
+			t.Errorf("%d was read, and now %d", c, d)
+		}
+	})
+}
+
+// The primary has lost its memory, and the other node, which has not, is cut off
+// from it and from the arbiter for long: it is not thrown out once it is heard.
+func TestTheOneThatRemembersIsWaitedFor(t *testing.T) {
+	hazard(t, nil, func(t *testing.T, w *world, a, b *node) {
+		for i := range int64(100) {
+			put(t, a, 1, i*4096, 0)
+		}
+		a.kill(true)
+		w.links["b>arb"].Partition(wan.Both, true)
+		w.links["a>b"].Partition(wan.Both, true)
+		a.start()
+		time.Sleep(4 * time.Second)
+		w.links["a>arb"].Partition(wan.Both, true)
+		time.Sleep(4 * time.Second) // this one may go on, if the arbiter agreed
+		w.links["a>b"].Partition(wan.Both, false)
+		time.Sleep(3 * time.Second)
+		w.links["a>arb"].Partition(wan.Both, false)
+		time.Sleep(3 * time.Second)
+		w.links["b>arb"].Partition(wan.Both, false)
+		for i := range int64(100) {
+			if c := get(t, a.volume(), i*4096); c != 1 {
+				t.Fatalf("acknowledged and gone after the loss of one node: %d", i)
+			}
+		}
+		w.pair(time.Minute)
+		w.equal()
+	})
 }
 
 // A secondary that knows the record only from its peer obeys nobody.
@@ -393,11 +461,17 @@ func TestPolicies(t *testing.T) {
 					t.Errorf("%+v", s)
 				}
 				// Synced before it is acknowledged.
-				put(t, a, 2, 0, 0)
-				a.kill(true)
-				a.start()
-				if c := get(t, a.volume(), 0); c != 2 {
-					t.Errorf("acknowledged while degraded, and gone: %d", c)
+				for round := range byte(5) {
+					for i := range int64(20) {
+						put(t, a, 2+round, i*4096, 0)
+					}
+					a.kill(true)
+					a.start()
+					for i := range int64(20) {
+						if c := get(t, a.volume(), i*4096); c != 2+round {
+							t.Fatalf("acknowledged while degraded, and gone: %d", c)
+						}
+					}
 				}
 			} else {
 				time.Sleep(time.Minute)

@@ -15,9 +15,11 @@ import (
 func (v *Volume) reignAs(ctx context.Context, rec fence.Record, first bool) {
 	peer := v.cfg.Peer != nil
 	others := !rec.Alone(v.cfg.Node)
-	shun := first && others && peer && !v.clean
-	if shun && !v.giveWay(ctx, rec) {
-		return
+	if first && others && peer && !v.clean {
+		if !v.giveWay(ctx, rec) {
+			return
+		}
+		rec, others = v.now.Load().rec, false
 	}
 	if s := v.inbound.Swap(nil); s != nil {
 		s.close()
@@ -32,7 +34,7 @@ func (v *Volume) reignAs(ctx context.Context, rec fence.Record, first bool) {
 	if !peer || rec.Cause == fence.CauseClaim || rec.Cause == fence.CauseHandover {
 		word = 0
 	}
-	r := &reign{epoch: rec.Epoch, lost: time.Now(), free: word <= 0, shun: shun}
+	r := &reign{epoch: rec.Epoch, lost: time.Now(), free: word <= 0}
 	r.ctx, r.end = context.WithCancel(ctx)
 	defer r.end()
 	v.mu.Lock()
@@ -77,23 +79,32 @@ func (v *Volume) reignAs(ctx context.Context, rec fence.Record, first bool) {
 
 // giveWay is for a primary that comes back after a power cut: the other node has
 // in memory what this one may have lost, and shall take over. It answers true
-// when the other cannot, and this node goes on as the only member.
+// when the other cannot, and this node has been recorded as the only member.
 func (v *Volume) giveWay(ctx context.Context, rec fence.Record) bool {
 	waits := time.Now()
 	for ctx.Err() == nil {
 		v.look(ctx)
-		if r := v.now.Load().rec; r.Epoch != rec.Epoch || r.Primary != v.cfg.Node {
+		r := v.now.Load().rec
+		if r.Epoch != rec.Epoch || r.Primary != v.cfg.Node {
 			return false
 		}
+		if r.Alone(v.cfg.Node) && !v.cfg.Fence.Doubt() {
+			return true
+		}
 		v.setReason("the machine was restarted; the other node may have newer data and is given the chance to take over")
+		mayGo := time.Since(waits) > recovery
 		if s, err := v.ask(ctx, typAsk, v.say()); err == nil {
-			if !s.inSync {
-				return true // it has lost as much as this one
-			}
+			mayGo = !s.inSync // it has lost as much as this one
 			waits = time.Now()
 		}
-		if time.Since(waits) > recovery {
-			return true
+		if mayGo {
+			c, cancel := context.WithTimeout(ctx, callTime)
+			got, err := v.cfg.Fence.SetMembers(c, rec.Epoch, v.cfg.Node)
+			cancel()
+			v.learn(event{kind: learned, rec: got})
+			if err == nil {
+				continue
+			}
 		}
 		v.sleep(ctx, beatEvery)
 	}
@@ -232,9 +243,9 @@ func (v *Volume) tend(r *reign) {
 	for r.ctx.Err() == nil {
 		v.goAlone(r)
 		v.mu.Lock()
-		next, shun := r.next, r.shun
+		next := r.next
 		v.mu.Unlock()
-		if v.cfg.Peer != nil && !shun && !v.parted.Load() && !time.Now().Before(next) {
+		if v.cfg.Peer != nil && !v.parted.Load() && !time.Now().Before(next) {
 			s, err := v.open(r)
 			if err == nil {
 				told = false
@@ -254,7 +265,7 @@ func (v *Volume) tend(r *reign) {
 func (v *Volume) goAlone(r *reign) {
 	v.mu.Lock()
 	st := v.now.Load()
-	lost, shun, rec := r.lost, r.shun, v.known.rec
+	lost, rec := r.lost, v.known.rec
 	v.mu.Unlock()
 	if st.reign != r || st.ship != nil || st.alone {
 		return
@@ -270,7 +281,7 @@ func (v *Volume) goAlone(r *reign) {
 		patience = recovery
 	}
 	sole := rec.Alone(v.cfg.Node) && !v.cfg.Fence.Doubt()
-	if !peer || sole || shun || parted {
+	if !peer || sole || parted {
 		patience = 0
 	}
 	if time.Since(lost) < patience {
@@ -287,7 +298,6 @@ func (v *Volume) goAlone(r *reign) {
 		}
 	}
 	v.mu.Lock()
-	r.shun = false
 	if now := v.now.Load(); now.reign == r && now.ship == nil {
 		if peer {
 			v.reason = "the other node is out: " + v.reason

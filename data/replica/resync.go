@@ -34,7 +34,13 @@ func (v *Volume) keep(r *reign, s *session) error {
 	member := v.known.rec.Member(s.node) && !v.cfg.Fence.Doubt()
 	r.beaten = time.Now()
 	v.reason = "the other node is being brought up to date"
-	v.updateLocked(func(n *standing) { n.ship, n.inSync, n.alone, n.sync = s, false, false, !member })
+	// It has agreed to this epoch, so it is not the primary any more to which this
+	// one may have given its word.
+	r.free = true
+	v.updateLocked(func(n *standing) {
+		n.ship, n.inSync, n.alone, n.sync = s, false, false, !member
+		n.open = n.settled && !n.leaving
+	})
 	v.mu.Unlock()
 	v.log.Info("replica: session", "with", s.node, "member", member)
 	// From here on every write goes to both. Those that began before must be in

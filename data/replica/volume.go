@@ -82,7 +82,6 @@ type reign struct {
 	// Guarded by Volume.mu.
 	lost time.Time // since when there is no session
 	next time.Time // no session before
-	shun bool      // no session before the arbiter has recorded that the other is out
 	// beaten is when the other node was heard last.
 	beaten time.Time
 	free   bool // the word given to the primary before has been kept
