@@ -63,6 +63,9 @@
 // other is recorded as out: the other may have a write that nobody was told of,
 // and it must not show after it was not there.
 //
+// When the primary's own stack fails, the other node, which is in sync and had
+// each change first, is handed the office (resign), and calls are routed anew.
+//
 // # Deadlocks
 //
 // Order of waiting: gate, slot, range, message, local stack. Who waits for a

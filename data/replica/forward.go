@@ -315,6 +315,8 @@ func (v *Volume) serveForward(ctx context.Context, typ uint8, b body, p []byte) 
 		}
 		if err == nil {
 			err, again = v.leased(ctx, r)
+		} else if v.resign(ctx, r, err) {
+			err, again = nil, true
 		}
 	}
 	switch {

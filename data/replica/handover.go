@@ -38,7 +38,54 @@ func (v *Volume) handOver(ctx context.Context, prefer bool) error {
 	return err
 }
 
-// leave gives up the office; no write is under way. Once the arbiter was asked,
+// resign is for a primary whose own stack fails: the other node, which is in
+// sync and has every change first, takes the office. It answers true when this
+// reign is over, and the call is to be routed anew.
+func (v *Volume) resign(ctx context.Context, r *reign, why error) bool {
+	switch block.KindOf(why) {
+	case block.KindIO, block.KindCorrupt, block.KindReadOnly:
+	default:
+		return false
+	}
+	v.mu.Lock()
+	st := v.now.Load()
+	if st.reign != r {
+		v.mu.Unlock()
+		return true
+	}
+	if !st.leaving {
+		if st.ship == nil || !st.inSync || !st.open || v.base.Err() != nil {
+			v.mu.Unlock()
+			return false
+		}
+		v.running.Add(1)
+		go func() {
+			defer v.running.Done()
+			v.log.Error("replica: this node's own stack fails; the other node shall be primary", "err", why)
+			if err := v.leave(r, st.ship, true); err != nil {
+				v.log.Error("replica: the other node cannot be primary", "err", err)
+			}
+		}()
+	}
+	v.mu.Unlock()
+	c, cancel := context.WithTimeout(ctx, recovery)
+	defer cancel()
+	for begun := false; ; {
+		st := v.now.Load()
+		if st.reign != r {
+			return true
+		}
+		if begun = begun || st.leaving; begun && !st.leaving {
+			return false
+		}
+		if v.pause(c, st, 0) != nil {
+			return false
+		}
+	}
+}
+
+// leave gives up the office. Writes may be under way: the other node refuses
+// what it has not had when it begins, and they are routed anew. Once the arbiter was asked,
 // this node serves nothing until it knows the answer: the request may be carried
 // out at any time.
 func (v *Volume) leave(r *reign, s *session, prefer bool) error {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -567,4 +568,82 @@ func TestFreeze(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 	})
+}
+
+// How long nothing is answered when the primary's process is killed, whenever
+// it comes back, and then the other's.
+func TestStall(t *testing.T) {
+	for _, back := range []time.Duration{0, 200 * time.Millisecond, time.Second, 1400 * time.Millisecond, 1600 * time.Millisecond, 3 * time.Second, 30 * time.Second} {
+		hazard(t, nil, func(t *testing.T, w *world, a, b *node) {
+			first := func() time.Duration {
+				begin, done := time.Now(), make(chan time.Duration, 2)
+				for i, n := range w.nodes {
+					go func() {
+						for n.volume() == nil || n.volume().WriteAt(bg, make([]byte, 4096), int64(i)*4096, block.FUA) != nil {
+							time.Sleep(10 * time.Millisecond)
+						}
+						done <- time.Since(begin)
+					}()
+				}
+				d := <-done
+				go func() { <-done }()
+				return d
+			}
+			for i, n := range []*node{a, b, a, b} {
+				put(t, a, 1, 8192, 0)
+				n.kill(false)
+				time.AfterFunc(back, n.start)
+				if d := first(); d > 2*time.Second {
+					t.Errorf("back after %v, kill %d: nothing was answered for %v", back, i, d)
+				} else {
+					t.Logf("back after %v, kill %d: %v", back, i, d)
+				}
+				time.Sleep(back)
+				w.pair(time.Minute)
+			}
+		})
+	}
+}
+
+// The primary's own disk fails: the other node has everything, and nobody sees
+// an error.
+func TestResign(t *testing.T) {
+	for _, op := range []string{"write", "read", "flush"} {
+		var broken atomic.Bool
+		conf := func(c *Config) {
+			if c.Node == "a" {
+				c.Local = blocktest.Hook(c.Local, func(_ context.Context, k blocktest.Call) error {
+					if broken.Load() && k.Before && k.Op == op {
+						return block.E("test", "", block.KindIO, nil)
+					}
+					return nil
+				})
+			}
+		}
+		hazard(t, conf, func(t *testing.T, w *world, a, b *node) {
+			put(t, a, 1, 0, 0)
+			broken.Store(true)
+			for i, n := range []*node{a, b} {
+				put(t, n, 2, int64(i)*4096, block.FUA)
+				if c := get(t, n.volume(), 0); c == 0 {
+					t.Error(c)
+				}
+			}
+			if s := b.volume().Status(); s.Role != "primary" {
+				t.Errorf("%s: %+v", op, s)
+			}
+			broken.Store(false)
+			w.pair(3 * time.Minute)
+			time.Sleep(time.Second)
+			w.equal()
+			// With nobody to turn to, the error is the caller's.
+			b.kill(false)
+			until(t, 10*time.Second, "a is alone", func() bool { return a.volume().Status().Mode == "degraded" })
+			broken.Store(true)
+			p := make([]byte, 4096)
+			if err := errors.Join(a.volume().WriteAt(bg, p, 0, 0), a.volume().ReadAt(bg, p, 0, 0), a.volume().Flush(bg, 0)); block.KindOf(err) != block.KindIO {
+				t.Errorf("%s: %v", op, err)
+			}
+		})
+	}
 }

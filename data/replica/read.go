@@ -39,6 +39,9 @@ func (v *Volume) ask1(ctx context.Context, fn func(st *standing) (again bool, er
 		}
 		again, err := fn(st)
 		if err != nil {
+			if st.role == primary && v.resign(ctx, st.reign, err) {
+				continue
+			}
 			return err
 		}
 		if st.role == primary {

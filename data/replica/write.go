@@ -217,7 +217,7 @@ func (v *Volume) leadPiece(ctx context.Context, r *reign, o *op, c change) (agai
 			s := st.ship
 			err := v.send(s, o, c.typ, c.p, c.off, c.n, c.f)
 			if err == nil {
-				return v.leadLocal(r, s, &c, st.sync)
+				return v.leadLocal(ctx, r, s, &c, st.sync)
 			}
 			if block.KindOf(err) == block.KindNoSpace {
 				v.setReason("writes wait for space at the other node: %v", err)
@@ -266,17 +266,17 @@ func (v *Volume) blame(s *session, err error) {
 }
 
 // leadLocal makes a change here that the other node has.
-func (v *Volume) leadLocal(r *reign, s *session, c *change, sync bool) (again bool, err error) {
+func (v *Volume) leadLocal(ctx context.Context, r *reign, s *session, c *change, sync bool) (again bool, err error) {
 	f := c.f &^ block.FUA
 	if sync {
 		f |= block.FUA
 	}
 	if err := c.do(r.ctx, v.cfg.Local, f); err != nil {
-		// The nodes differ now.
-		v.lose(s, v.fault("write", block.KindIO, "the change was made there and failed here: %w", err))
-		if r.ctx.Err() != nil {
+		if r.ctx.Err() != nil || v.resign(ctx, r, err) {
 			return true, nil
 		}
+		// The nodes differ now.
+		v.lose(s, v.fault("write", block.KindIO, "the change was made there and failed here: %w", err))
 		return false, err
 	}
 	v.writes.Add(1)
@@ -344,7 +344,7 @@ func (v *Volume) leadFlush(ctx context.Context, r *reign, f block.Flags) (again 
 			here := v.cfg.Local.Flush(r.ctx, f)
 			err := <-there
 			if here != nil {
-				if r.ctx.Err() != nil {
+				if r.ctx.Err() != nil || v.resign(ctx, r, here) {
 					return true, nil
 				}
 				return false, here
