@@ -57,6 +57,7 @@ pair: setup build ## two frontends: killed under PostgreSQL, destroyed, aborted,
 	$(LAB) pair-both
 	$(LAB) pair-backend
 	$(LAB) pair-lost
+	$(LAB) pair-boot
 	$(LAB) pair-abort
 	$(LAB) pair-clone
 	$(LAB) pair-return

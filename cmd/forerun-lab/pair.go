@@ -59,6 +59,13 @@ func pairCmds(log *slog.Logger) []*cobra.Command {
 			return pair.Lost(ctx, lo, r)
 		})
 	lost.Flags().DurationVar(&lo.Interval, "interval", 0, "between checkpoints, 0 for 3s")
+	var bo pair.LostOptions
+	boot := campaign(log, "pair-boot", "Destroy both frontends' machines under a guest, and boot it from the source", 1,
+		func(ctx context.Context, o pair.Options, r *bench.Report) error {
+			bo.Options = o
+			return pair.Boot(ctx, bo, r)
+		})
+	boot.Flags().DurationVar(&bo.Interval, "interval", 0, "between checkpoints, 0 for 3s")
 	var ab pair.AbortOptions
 	abort := campaign(log, "pair-abort", "Call moves off: drained, and by force while the line is cut", 2,
 		func(ctx context.Context, o pair.Options, r *bench.Report) error {
@@ -89,7 +96,7 @@ func pairCmds(log *slog.Logger) []*cobra.Command {
 	plain := func(name, short string, n int, f func(context.Context, pair.Options, pair.Report) error) *cobra.Command {
 		return campaign(log, name, short, n, func(ctx context.Context, o pair.Options, r *bench.Report) error { return f(ctx, o, r) })
 	}
-	return []*cobra.Command{pgbench, backend, lost, abort, write, link,
+	return []*cobra.Command{pgbench, backend, lost, boot, abort, write, link,
 		plain("pair-failover", "Kill and freeze one frontend at a time under a verifying load behind the proxy", 20, pair.Failover),
 		plain("pair-both", "Kill both frontends at once under a verifying load with flushes", 20, pair.Both),
 		plain("pair-clone", "Write all over an isolated clone beside the real volume, and discard it", 2, pair.Clone),
