@@ -81,7 +81,9 @@ func (v *Volume) keep(r *reign, s *session) error {
 func (v *Volume) attend(r *reign, s *session) error {
 	began, done := time.Now(), ^uint64(0)
 	for {
-		if now := v.writes.Load(); now != done {
+		// A hold that the journal gave up, when it was short of space, is taken anew.
+		_, held := v.cfg.Log.Held(holdName)
+		if now := v.writes.Load(); now != done || !held {
 			if err := v.moveHolds(s); err == nil {
 				done = now
 			} else if s.ctx.Err() == nil {
