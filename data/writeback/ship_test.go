@@ -100,11 +100,17 @@ func kindIs(t testing.TB, err error, k block.Kind) {
 // one behind.
 func TestGroupIsCutAtOneMoment(t *testing.T) {
 	sc := newScene(t, testSize, "a", "b")
-	stop, ended := make(chan struct{}), make(chan struct{})
+	stop, ended, begun := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	for _, v := range sc.vols {
+		v.marked = func() { time.Sleep(time.Millisecond) } // time for a write, if it could
+	}
 	go func() {
 		defer close(ended)
 		p := make([]byte, 512)
 		for i := uint64(1); ; i++ {
+			if i == 2 {
+				close(begun)
+			}
 			select {
 			case <-stop:
 				return
@@ -123,8 +129,9 @@ func TestGroupIsCutAtOneMoment(t *testing.T) {
 			}
 		}
 	}()
+	<-begun
 	last := uint64(0)
-	for range 30 {
+	for range 20 {
 		sc.checkpoint()
 		var n [2]uint64
 		for i, v := range sc.vols {
@@ -379,7 +386,11 @@ func TestBackendWithoutItsState(t *testing.T) {
 // TestDamagedCheckpoint: the file of a stored checkpoint rots before it was
 // carried out.
 func TestDamagedCheckpoint(t *testing.T) {
-	for i := range 24 {
+	n := int64(24)
+	if testing.Short() {
+		n = 6
+	}
+	for i := range n {
 		synctest.Test(t, func(t *testing.T) {
 			sc := newScene(t, testSize, "a", "b")
 			sc.scribble(10)
@@ -398,14 +409,14 @@ func TestDamagedCheckpoint(t *testing.T) {
 			sc.b.Close()
 			fs := sc.bfs.Kill()
 			names := must[[]string](t)(fs.List("state/writeback"))
-			n := slices.IndexFunc(names, func(n string) bool { return path.Ext(n) == storedEnd })
-			file := path.Join("state/writeback", names[n])
+			at := slices.IndexFunc(names, func(n string) bool { return path.Ext(n) == storedEnd })
+			file := path.Join("state/writeback", names[at])
 			size := must[int64](t)(func() (int64, error) { s, err := fs.Stat(file); return s.Size, err }())
-			fs.Flip(file, size*int64(i)/24)
+			fs.Flip(file, size*i/n)
 			sc.restartBackend(fs)
 			st = must[VolumeStatus](t)(sc.b.Status("a"))
 			if !st.Damaged {
-				t.Fatalf("byte %d of %d was flipped and nobody saw it", size*int64(i)/24, size)
+				t.Fatalf("byte %d of %d was flipped and nobody saw it", size*i/n, size)
 			}
 			if _, err := sc.b.OpenClone(sc.ctx, "a", "x"); block.KindOf(err) != block.KindCorrupt {
 				t.Fatalf("a clone of a damaged source: %v", err)

@@ -38,6 +38,9 @@ func run(t *testing.T, name string, args ...string) string {
 // TestRealSources writes back to each kind of source there is, and reads with
 // other programs what has come.
 func TestRealSources(t *testing.T) {
+	if testing.Short() {
+		t.Skip("other programs are slow")
+	}
 	const size = 4 << 20
 	kinds := map[string]func(t *testing.T, dir string) (spec string, read func() []byte){
 		"raw file": func(t *testing.T, dir string) (string, func() []byte) {

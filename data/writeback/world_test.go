@@ -138,6 +138,8 @@ type front struct {
 	epoch atomic.Uint64
 	gate  sync.RWMutex
 	peer  *front
+
+	marked func() // called by MarkPeer, while all volumes stand still
 }
 
 func openFront(fs disk.FS, name string, size int64, exact bool) (*front, error) {
@@ -173,6 +175,9 @@ func (v *front) Freeze(_ context.Context, fn func() error) error {
 }
 
 func (v *front) MarkPeer(context.Context) (string, bool) {
+	if v.marked != nil {
+		v.marked()
+	}
 	if v.peer == nil {
 		return "", false
 	}
