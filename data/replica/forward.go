@@ -308,7 +308,7 @@ func (v *Volume) serveForward(ctx context.Context, typ uint8, b body, p []byte) 
 			err = v.cfg.Local.ReadAt(ctx, out, b.off, b.flags)
 		case typFwdExtents:
 			var list []block.Extent
-			list, err = v.cfg.Local.Extents(ctx, nil, b.off, b.n, b.flags)
+			list, err = v.cfg.Local.Extents(ctx, nil, b.off, min(b.n, window), b.flags)
 			out = appendExtents(nil, list[:min(len(list), maxExtents)])
 		case typFwdPrefetch:
 			err = v.cfg.Local.Prefetch(ctx, b.off, b.n, b.flags)

@@ -14,6 +14,10 @@ import (
 // The volume stays there: it becomes the preferred node.
 func (v *Volume) Handover(ctx context.Context) error { return v.handOver(ctx, true) }
 
+// Yield is Handover for a node that is about to stop: the volume comes back
+// when it does, if that is where it belongs.
+func (v *Volume) Yield(ctx context.Context) error { return v.handOver(ctx, false) }
+
 func (v *Volume) handOver(ctx context.Context, prefer bool) error {
 	st := v.now.Load()
 	switch {

@@ -21,6 +21,7 @@ const (
 	copyTime    = 5 * time.Second
 	scanTime    = time.Minute
 	flushTime   = 30 * time.Second
+	window      = 1 << 30 // bytes whose extents are asked for at once
 )
 
 // keep holds a session: brings the other node up to date while writes go on,
@@ -98,6 +99,7 @@ func (v *Volume) attend(r *reign, s *session) error {
 		if after := v.cfg.FailBackAfter; after > 0 && rec.Preferred == s.node && time.Since(began) >= after {
 			if err := v.handOver(s.ctx, false); err != nil {
 				v.setReason("handing back to %s: %v", s.node, err)
+				began = time.Now()
 			}
 		}
 	}
@@ -169,7 +171,7 @@ func (v *Volume) changed(ctx context.Context, full bool) (list []block.Extent, k
 	}
 	var buf []block.Extent
 	for at := int64(0); at < v.info.Size; {
-		if buf, err = v.cfg.Local.Extents(ctx, buf[:0], at, v.info.Size-at, block.Local|block.Background); err != nil {
+		if buf, err = v.cfg.Local.Extents(ctx, buf[:0], at, min(v.info.Size-at, window), block.Local|block.Background); err != nil {
 			return nil, false, err
 		}
 		for _, e := range buf {
@@ -277,19 +279,24 @@ func (v *Volume) progress(left int64) {
 // touches it meanwhile.
 func (v *Volume) copyPiece(ctx context.Context, s *session, o *op, buf []byte, e block.Extent, compare bool) error {
 	// What only the source has is fetched before anybody has to wait for the lock.
-	for {
+	for tries := 0; ; tries++ {
 		near, err := v.near(ctx, e.Off, e.Len)
-		if err == nil && !near {
-			err = v.cfg.Local.Prefetch(ctx, e.Off, e.Len, block.Background)
+		if near || err == nil && tries > 3 { // it cannot be kept near, but perhaps read
+			break
 		}
 		if err == nil {
-			break
+			err = v.cfg.Local.Prefetch(ctx, e.Off, e.Len, block.Background)
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		v.setReason("bringing the other node up to date waits for the source: %v", err)
-		nap(ctx, time.Second)
+		if err != nil {
+			v.setReason("bringing the other node up to date waits for the source: %v", err)
+			tries = 0
+		}
+		if err != nil || tries > 0 {
+			nap(ctx, time.Second)
+		}
 	}
 	o.off, o.n = e.Off, e.Len
 	if err := v.ranges.lock(ctx, v.closing, o); err != nil {
