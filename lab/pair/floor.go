@@ -85,9 +85,8 @@ func Floor(ctx context.Context, socket, addr, file string, size int64) error {
 		return err
 	}
 	defer f.Close()
-	d := &floorDevice{conn: conn, file: f, size: size, queue: make(chan [2][]byte, 1024), waiting: map[uint64]chan struct{}{}}
+	d := &floorDevice{conn: conn, file: f, size: size, waiting: map[uint64]chan struct{}{}}
 	go d.receive()
-	go d.sendAll(ctx)
 	s := nbd.NewServer(nbd.Options{Exports: floorExports{d}, Log: slog.New(slog.DiscardHandler)})
 	ln, err := s.Listen("nbd+unix:///?socket=" + socket)
 	if err != nil {
@@ -158,9 +157,12 @@ func (e floorExports) Lookup(string) (block.Device, string, error) { return e.d,
 func (e floorExports) List() []string                              { return []string{"vol"} }
 
 type floorDevice struct {
-	conn  net.Conn
-	size  int64
-	queue chan [2][]byte // heads and bytes to be sent
+	conn net.Conn
+	size int64
+
+	out     sync.Mutex
+	queue   net.Buffers // heads and bytes to be sent
+	sending bool
 
 	mu      sync.Mutex
 	next    uint64
@@ -187,28 +189,28 @@ func (d *floorDevice) receive() {
 	}
 }
 
-// sendAll writes as much at once as is queued.
-func (d *floorDevice) sendAll(ctx context.Context) {
-	for {
-		var b net.Buffers
-		select {
-		case <-ctx.Done():
-			return
-		case w := <-d.queue:
-			b = append(b, w[0], w[1])
-		}
-		for more := true; more && len(b) < 64; {
-			select {
-			case w := <-d.queue:
-				b = append(b, w[0], w[1])
-			default:
-				more = false
-			}
-		}
-		if _, err := b.WriteTo(d.conn); err != nil {
-			return
-		}
+// send puts a write on the wire, with those of others that come meanwhile:
+// whoever finds nobody sending sends for all.
+func (d *floorDevice) send(head, p []byte) error {
+	d.out.Lock()
+	d.queue = append(d.queue, head, p)
+	if d.sending {
+		d.out.Unlock()
+		return nil
 	}
+	d.sending = true
+	for len(d.queue) > 0 {
+		b := d.queue
+		d.queue = nil
+		d.out.Unlock()
+		if _, err := b.WriteTo(d.conn); err != nil {
+			return err
+		}
+		d.out.Lock()
+	}
+	d.sending = false
+	d.out.Unlock()
+	return nil
 }
 
 func (d *floorDevice) Info() block.Info {
@@ -227,7 +229,9 @@ func (d *floorDevice) WriteAt(_ context.Context, p []byte, _ int64, _ block.Flag
 	head := make([]byte, floorHead)
 	binary.BigEndian.PutUint64(head, id)
 	binary.BigEndian.PutUint32(head[8:], uint32(len(p)))
-	d.queue <- [2][]byte{head, p}
+	if err := d.send(head, p); err != nil {
+		return block.E("floor.write", "peer", block.KindUnavailable, err)
+	}
 	<-answered // p is on the wire until then
 	if _, err := d.file.WriteAt(p, at); err != nil {
 		return block.E("floor.write", d.file.Name(), block.KindIO, err)

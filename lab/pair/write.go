@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"forerun/lab/netns"
+	"forerun/lab/rig"
 )
 
 // WriteOptions are what Write needs beside Options.
@@ -41,7 +42,7 @@ func Write(ctx context.Context, o WriteOptions, r Report) (err error) {
 		return err
 	}
 	k.atEnd(line.Close)
-	w := writeRun{run: k, o: o, line: line, got: map[string][]fioWrites{}, raw: map[int][]float64{}}
+	w := writeRun{run: k, o: o, line: line, got: map[string][]fioWrites{}, cpu: map[string][]float64{}, raw: map[int][]float64{}}
 	if err := w.measure(); err != nil {
 		return err
 	}
@@ -54,7 +55,8 @@ type writeRun struct {
 	o    WriteOptions
 	line *netns.Line
 	got  map[string][]fioWrites
-	raw  map[int][]float64 // of the floor without a client, p50 in us, by depth
+	cpu  map[string][]float64 // us a write
+	raw  map[int][]float64    // of the floor without a client, p50 in us, by depth
 }
 
 // What is measured.
@@ -71,6 +73,15 @@ const writeDisk = 64 << 20
 // server is something fio can write to.
 type server struct {
 	name, uri string
+	procs     []*rig.Proc // what it is made of
+}
+
+// cpu is the processor time of a server so far.
+func (s server) cpu() (d time.Duration) {
+	for _, p := range s.procs {
+		d += p.CPU()
+	}
+	return d
 }
 
 func (w *writeRun) measure() error {
@@ -87,12 +98,14 @@ func (w *writeRun) measure() error {
 	if err != nil {
 		return err
 	}
-	servers := []server{floor, {onPair, p.A.Export("vol")}, {onAlone, alone.A.Export("vol")}}
+	servers := []server{floor, {onPair, p.A.Export("vol"), []*rig.Proc{p.A.Proc, p.B.Proc}},
+		{onAlone, alone.A.Export("vol"), []*rig.Proc{alone.A.Proc}}}
 	for round := range max(1, w.N) {
 		for _, depth := range depths {
 			said := ""
 			for i := range servers {
 				s := servers[(i+round)%len(servers)]
+				before := s.cpu()
 				f, err := fioWrite(w.ctx, s.uri, "4k", depth, fmt.Sprintf("--size=%d", writeDisk), "--norandommap", "--randrepeat=0",
 					"--time_based", "--runtime="+seconds(w.o.Each), "--ramp_time=1")
 				if err != nil {
@@ -100,6 +113,8 @@ func (w *writeRun) measure() error {
 				}
 				key := fmt.Sprintf("%s, depth %d", s.name, depth)
 				w.got[key] = append(w.got[key], f)
+				// The job's first second is not in its numbers, but in the time.
+				w.cpu[key] = append(w.cpu[key], float64((s.cpu()-before).Microseconds())/(f.IOPS*(w.o.Each+time.Second).Seconds()))
 				said += fmt.Sprintf("  %s p50 %.0f us, %.0f IO/s", s.name, f.p50(), f.IOPS)
 			}
 			raw, err := output(w.ctx, "nsenter", "--net=/run/netns/"+w.line.Source.Name, "--", w.o.Lab, "floor-raw", w.line.Target.Addr+":7500",
@@ -144,7 +159,7 @@ func (w *writeRun) floor() (server, error) {
 	if err != nil {
 		return server{}, err
 	}
-	return server{onFloor, "nbd+unix:///vol?socket=" + sock}, serve.Until(w.ctx, 10*time.Second, "listening", func() bool {
+	return server{onFloor, "nbd+unix:///vol?socket=" + sock, []*rig.Proc{peer, serve}}, serve.Until(w.ctx, 10*time.Second, "listening", func() bool {
 		_, err := os.Stat(sock)
 		return err == nil
 	})
@@ -193,6 +208,7 @@ func (w *writeRun) judge() {
 			w.Measure(fmt.Sprintf("depth %d: %s p50", depth, name), p50(name, depth), "us")
 			w.Measure(fmt.Sprintf("depth %d: %s p99", depth, name), median(p99), "us")
 			w.Measure(fmt.Sprintf("depth %d: %s", depth, name), median(iops), "IO/s")
+			w.Measure(fmt.Sprintf("depth %d: %s, processor time a write", depth, name), median(w.cpu[fmt.Sprintf("%s, depth %d", name, depth)]), "us")
 		}
 		w.AtMost(fmt.Sprintf("depth %d: p50 pair / floor", depth), p50(onPair, depth)/p50(onFloor, depth), 1.3, "x")
 		w.Measure(fmt.Sprintf("depth %d: raw floor p50", depth), median(w.raw[depth]), "us")
