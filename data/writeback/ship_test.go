@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"path"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -17,7 +18,9 @@ import (
 	"time"
 
 	"forerun/block"
+	"forerun/block/blocktest"
 	"forerun/data/journal"
+	"forerun/disk"
 	"forerun/disk/disktest"
 )
 
@@ -131,7 +134,7 @@ func TestGroupIsCutAtOneMoment(t *testing.T) {
 	}()
 	<-begun
 	last := uint64(0)
-	for range 20 {
+	for range 10 {
 		sc.checkpoint()
 		var n [2]uint64
 		for i, v := range sc.vols {
@@ -621,6 +624,7 @@ func TestRunKeepsTheInterval(t *testing.T) {
 			t.Fatalf("%d checkpoints in a minute", n)
 		}
 		sc.vols[0].epoch.Store(0)
+		time.Sleep(time.Second) // what is under way ends
 		n = sc.link.calls[typCommit].Load()
 		if err := sc.vols[0].write(make([]byte, 300<<10), 0, 0); err != nil {
 			t.Fatal(err)
@@ -638,6 +642,116 @@ func TestRunKeepsTheInterval(t *testing.T) {
 		time.Sleep(time.Second)
 		sc.equal("by bytes")
 	})
+}
+
+// TestUnwrittenAfterARestart: what the last process left is counted.
+func TestUnwrittenAfterARestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sc := newScene(t, testSize, "a")
+		sc.scribble(3)
+		sc.checkpoint()
+		for range 5 {
+			if err := sc.vols[0].write(make([]byte, 4096), 0, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		sc.vols[0].Close()
+		sc.vols[0] = must[*front](t)(openFront(sc.ffs, "a", testSize, true))
+		sc.link.set(nil)
+		sc.s = ship(t, sc.link, sc.vols...)
+		run, stop := context.WithCancel(sc.ctx)
+		ended := make(chan error, 1)
+		go func() { ended <- sc.s.Run(run) }()
+		time.Sleep(3 * time.Second)
+		if err := sc.vols[0].write(make([]byte, 512), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		// The hold on disk may be an older one, so it may be more than it is.
+		if u := sc.s.Status().Volumes["a"]; u.Bytes < 5*4096+512 || u.Oldest.IsZero() {
+			t.Errorf("%+v", u)
+		}
+		sc.link.set(sc.b.Receiver)
+		time.Sleep(20 * time.Second)
+		if u := sc.s.Status().Volumes["a"]; u != (Unwritten{}) {
+			t.Errorf("%+v", u)
+		}
+		sc.equal("by itself")
+		stop()
+		<-ended
+	})
+}
+
+// TestMemoryIsBounded, whatever waits to be sent.
+func TestMemoryIsBounded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it measures")
+	}
+	const size, backlog = 64 << 20, 160 << 20
+	dir := t.TempDir()
+	below := blocktest.NewTwin(size, 512)
+	j := must[*journal.Journal](t)(journal.Open(disk.OS(), dir, below, journal.Options{MaxBytes: 1 << 30}))
+	v := &front{Journal: j, below: &fileDevice{size: size}, name: "a"}
+	defer v.Close()
+	v.epoch.Store(1)
+	if err := Prepare(j, true); err != nil {
+		t.Fatal(err)
+	}
+	rnd := rand.New(rand.NewPCG(1, 1))
+	p := make([]byte, 4096)
+	for range backlog / len(p) {
+		for i := 0; i < len(p); i += 512 {
+			binary.LittleEndian.PutUint64(p[i:], rnd.Uint64())
+		}
+		if err := v.write(p, rnd.Int64N(size/4096)*4096, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := ship(t, sink{}, v)
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before, most := heap(), int64(0)
+	stop, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(5 * time.Millisecond):
+				most = max(most, heap())
+			}
+		}
+	}()
+	res, err := s.Checkpoint(within(t))
+	close(stop)
+	<-ended
+	if err != nil || res.Bytes < size/2 {
+		t.Fatalf("%+v, %v", res, err)
+	}
+	if used := most - before; used > 32<<20 {
+		t.Fatalf("%d bytes in use for a backlog of %d", used, backlog)
+	}
+}
+
+// sink is a backend that says yes.
+type sink struct{}
+
+func (sink) Call(ctx context.Context, typ uint8, parts ...[]byte) ([]byte, error) {
+	switch typ {
+	case typHello:
+		return encode(helloAnswer{}), nil
+	case typBegin:
+		return encode(beginAnswer{Handle: 1}), nil
+	case typApplied:
+		return encode(appliedAnswer{Applied: true}), nil
+	case typData:
+		time.Sleep(time.Millisecond)
+	}
+	return nil, ctx.Err()
 }
 
 // TestLateCallsDoNoHarm: requests that come again, in any order, change nothing.

@@ -313,7 +313,7 @@ func (s *Shipper) Run(ctx context.Context) error {
 	defer tick.Stop()
 	var lastCut, retryAt, reported time.Time
 	var told string
-	away, wait := false, retryFirst
+	away, wait := true, retryFirst
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
@@ -326,8 +326,8 @@ func (s *Shipper) Run(ctx context.Context) error {
 			away = true
 			continue
 		}
-		if away { // the other node shipped meanwhile, and moved our hold
-			s.forget()
+		if away { // an earlier process, or the other node, shipped before
+			s.recount(ctx)
 			away = false
 		}
 		changed, bytes := s.look()
@@ -355,13 +355,46 @@ func (s *Shipper) Run(ctx context.Context) error {
 	return nil
 }
 
-// forget drops what this process knew of the last cut.
-func (s *Shipper) forget() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, v := range s.vols {
-		v.known, v.oldest, v.backlog, v.base = false, time.Time{}, 0, v.Log().Appended()
+// recount finds out what the journals have behind their holds, which another
+// process or node may have moved.
+func (s *Shipper) recount(ctx context.Context) {
+	if s.lock(ctx) != nil {
+		return
 	}
+	defer s.unlock()
+	for _, v := range s.live() {
+		to, base := v.Log().Position(), v.Log().Appended()
+		n, err := backlog(ctx, v.Log(), to)
+		if err != nil { // then everything is compared, and its size is not known
+			s.log.Info("it is not known how much the source lacks", "volume", v.name, "err", err)
+		}
+		s.mu.Lock()
+		v.known, v.oldest, v.backlog, v.base = false, time.Time{}, n, base
+		s.mu.Unlock()
+	}
+}
+
+// backlog is how many bytes of writes the journal has between the hold and to.
+func backlog(ctx context.Context, log Log, to journal.Position) (n int64, err error) {
+	from, ok := log.Held(Hold)
+	if !ok || from == to {
+		return 0, nil
+	}
+	r, err := log.Reader(from)
+	if err != nil {
+		return 0, err
+	}
+	defer r.Close()
+	for r.Position().Sequence < to.Sequence {
+		rec, err := r.Skim(ctx)
+		if err != nil {
+			return n, err
+		}
+		if rec.Type == journal.TypeWrite {
+			n += rec.Len
+		}
+	}
+	return n, nil
 }
 
 // stuck says why there is no checkpoint.

@@ -298,7 +298,7 @@ func (l *link) Call(ctx context.Context, typ uint8, parts ...[]byte) ([]byte, er
 	return bytes.Clone(a), err
 }
 
-func ship(t testing.TB, l *link, vols ...*front) *Shipper {
+func ship(t testing.TB, l Caller, vols ...*front) *Shipper {
 	t.Helper()
 	o := ShipperOptions{Group: "g", Backend: l}
 	for _, v := range vols {
