@@ -80,6 +80,10 @@ type Config struct {
 	// CleanStart: the last stop was clean, or only the process died since the
 	// machine was started. What is here is all that was acknowledged.
 	CleanStart bool
+	// Compared, if set, is called at a node that joins, before it is compared
+	// with the primary whole: ranges that are found equal never come by its
+	// journal, so other holds on that are worth nothing any more.
+	Compared func() error
 	// FailBackAfter is how long the preferred node must have been in sync before
 	// the primary hands over to it; 0 never does.
 	FailBackAfter time.Duration

@@ -207,6 +207,11 @@ func (v *Volume) serveSession(s *inbound, typ uint8, b body, rest []byte) ([]byt
 		v.mu.Unlock()
 		return nil, nil
 	case typRanges:
+		if b.n != 0 && v.cfg.Compared != nil {
+			if err := v.cfg.Compared(); err != nil {
+				return nil, err
+			}
+		}
 		list, known, err := v.changed(s.ctx, b.n != 0)
 		if err != nil {
 			return nil, err

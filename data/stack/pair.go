@@ -123,6 +123,7 @@ func (v *Volume) openReplica(clean bool) (err error) {
 	c := replica.Config{Volume: v.meta.Volume, Local: v.sw, CleanStart: clean, Logger: v.opts.Log, Log: noLog{}}
 	if v.source != nil {
 		c.Log = v.source.journal
+		c.Compared = func() error { return v.source.journal.Release(writeback.Hold) }
 	}
 	if p := v.opts.Pair; p != nil {
 		c.Node, c.Fence, c.OnPeerLoss, c.FailBackAfter = p.Node, p.Fence, p.OnPeerLoss, p.FailBackAfter
