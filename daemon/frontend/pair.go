@@ -326,7 +326,7 @@ func (f *Frontend) shipAll(ctx context.Context, late func()) error {
 			continue
 		}
 		s, err := writeback.NewShipper(writeback.ShipperOptions{Group: name, Volumes: in, Backend: f.pair.back,
-			Interval: f.cfg.CheckpointInterval, MaxBytes: f.cfg.CheckpointBytes, Log: f.log})
+			Interval: f.cfg.CheckpointInterval, MaxBytes: f.cfg.CheckpointBytes, Pace: f.pace, Log: f.log})
 		if err != nil {
 			return err
 		}
@@ -338,6 +338,32 @@ func (f *Frontend) shipAll(ctx context.Context, late func()) error {
 		parts = append(parts, s.Run)
 	}
 	return daemon.Tree(ctx, parts...)
+}
+
+// paceFloor is the longest that a piece of write-back waits for demand: it is
+// below demand, and never starves.
+const paceFloor = 50 * time.Millisecond
+
+// pace holds a piece of write-back back while the workload waits for the link.
+// Fill needs no such rule: it comes the other way, and its requests are small.
+func (f *Frontend) pace(ctx context.Context, _ int) error {
+	const look = 5 * time.Millisecond
+	for waited := time.Duration(0); waited < paceFloor && f.demandWaits(); waited += look {
+		sleep(ctx, look)
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (f *Frontend) demandWaits() bool {
+	for _, v := range f.open() {
+		if v.DemandWaits() {
+			return true
+		}
+	}
+	return false
 }
 
 func (f *Frontend) shipper(volume string) *writeback.Shipper {

@@ -192,6 +192,15 @@ func (v *Volume) FromPeer() int64 {
 	return v.source.link.fromPeer.Load()
 }
 
+// DemandWaits says whether the workload waits for the link now.
+func (v *Volume) DemandWaits() bool {
+	if v.source == nil || v.Switched() {
+		return false
+	}
+	s := v.source.sched.Stats()
+	return s.DemandQueued+s.DemandInFlight > 0
+}
+
 // Chunks is the volume as the other node of a pair may read it: what is here,
 // while this node holds everything that was acknowledged. It is read-only, and
 // nobody need close it.
