@@ -219,6 +219,72 @@ func TestCloneBesideThePair(t *testing.T) {
 	}
 }
 
+// TestGroupIsOneMoment starts a pair with two volumes, each of which either
+// frontend may get first, and finds them at one node and in one checkpoint.
+func TestGroupIsOneMoment(t *testing.T) {
+	const size = 4 * mib
+	dir := t.TempDir()
+	var vols []pair.Volume
+	for _, n := range []string{"data", "log"} {
+		vols = append(vols, pair.Volume{Name: n, Source: dir + "/" + n})
+		if err := oracle.WriteBase(dir+"/"+n, 9, size); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p, err := pair.New(t.Context(), pair.Config{Bin: binary, Dir: t.TempDir(), Volumes: vols, Args: []string{"--group", "db=data,log"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(p.Words())
+		}
+		p.Kill()
+	})
+	if err := p.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	hist := map[string]*oracle.History{}
+	for _, v := range vols {
+		c, err := load.Dial(t.Context(), p.Proxy.Socket, v.Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hist[v.Name] = oracle.New(9, size)
+		ctx, stop := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		_, err = load.Run(ctx, c, hist[v.Name], load.Config{Seed: 3, Depth: 2})
+		stop()
+		c.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var at *pair.Node
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		a, _, err1 := p.Primary(t.Context(), "data")
+		b, _, err2 := p.Primary(t.Context(), "log")
+		if err1 == nil && err2 == nil && a == b {
+			at = a
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the volumes of a group do not come together:", err1, err2)
+		}
+	}
+	// Asked of one volume, it is of both.
+	if out, err := p.Order(t.Context(), at, "checkpoint", "data"); err != nil {
+		t.Fatal(err, out)
+	}
+	if err := p.Settled(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range vols {
+		if err := verifyFile(hist[v.Name], v.Source); err != nil {
+			t.Errorf("%s: %v", v.Name, err)
+		}
+	}
+}
+
 func verifyFile(h *oracle.History, path string) error {
 	f, err := os.Open(path)
 	if err != nil {
