@@ -97,7 +97,7 @@ func pairCmds(log *slog.Logger) []*cobra.Command {
 		return campaign(log, name, short, n, func(ctx context.Context, o pair.Options, r *bench.Report) error { return f(ctx, o, r) })
 	}
 	return []*cobra.Command{pgbench, backend, lost, boot, abort, write, link,
-		plain("pair-failover", "Kill and freeze one frontend at a time under a verifying load behind the proxy", 20, pair.Failover),
+		plain("pair-failover", "Kill, freeze and cut off one frontend at a time under a verifying load behind the proxy", 20, pair.Failover),
 		plain("pair-both", "Kill both frontends at once under a verifying load with flushes", 20, pair.Both),
 		plain("pair-clone", "Write all over an isolated clone beside the real volume, and discard it", 2, pair.Clone),
 		plain("pair-return", "Move a disk from A to B and back to A", 1,

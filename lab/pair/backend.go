@@ -142,7 +142,8 @@ func (b *backendRun) round() error {
 	}
 	b.p.Backend.Proc.Kill()
 	killed := time.Now()
-	b.p.Gate.Shut()
+	b.p.Ways["a-backend"].Shut()
+	b.p.Ways["b-backend"].Shut()
 	left := stored(b.p.Backend)
 	b.hit = fmt.Sprintf("killed with %d checkpoints to be applied", len(left))
 	if len(left) > 0 {
@@ -154,7 +155,8 @@ func (b *backendRun) round() error {
 	if err := b.judge(at, id, killed); err != nil {
 		return err
 	}
-	b.p.Gate.Open()
+	b.p.Ways["a-backend"].Open()
+	b.p.Ways["b-backend"].Open()
 	if err := b.d.failed(); err != nil {
 		return err
 	}

@@ -2,20 +2,23 @@ package pair
 
 import (
 	"errors"
-	"io"
 	"net"
 	"sync"
 	"sync/atomic"
 )
 
 // Gate passes TCP connections on to an address while it is open. Shut, it ends
-// those it has and refuses new ones, as if nobody were there.
+// those it has and refuses new ones, as if nobody were there. Held, it keeps
+// everything back without a word, in one direction or both, as a broken line
+// does.
 type Gate struct {
 	ln net.Listener
 	to string
 
 	mu    sync.Mutex
-	shut  bool
+	cond  *sync.Cond
+	shut  bool    // guarded by mu
+	held  [2]bool // guarded by mu: towards the address, and back
 	conns map[net.Conn]struct{}
 	wg    sync.WaitGroup
 
@@ -29,6 +32,7 @@ func NewGate(to string) (*Gate, error) {
 		return nil, err
 	}
 	g := &Gate{ln: ln, to: to, conns: map[net.Conn]struct{}{}}
+	g.cond = sync.NewCond(&g.mu)
 	g.wg.Go(g.accept)
 	return g, nil
 }
@@ -70,25 +74,50 @@ func (g *Gate) drop(c net.Conn) {
 	g.mu.Unlock()
 }
 
+// through waits while the direction is held, and says whether the gate is open then.
+func (g *Gate) through(direction int) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for g.held[direction] && !g.shut {
+		g.cond.Wait()
+	}
+	return !g.shut
+}
+
 func (g *Gate) pass(a net.Conn) {
 	defer g.drop(a)
+	if !g.through(0) {
+		return
+	}
 	b, err := net.Dial("tcp", g.to)
 	if err != nil || !g.hold(b) {
 		return
 	}
 	defer g.drop(b)
 	done := make(chan struct{})
-	one := func(dst, src net.Conn) {
-		n, _ := io.Copy(dst, src)
-		g.bytes.Add(n)
-		a.Close()
-		b.Close()
+	one := func(dst, src net.Conn, direction int) {
+		buf := make([]byte, 64<<10)
+		for {
+			n, err := src.Read(buf)
+			if n > 0 && g.through(direction) {
+				if _, e := dst.Write(buf[:n]); e != nil {
+					err = e
+				}
+				g.bytes.Add(int64(n))
+			}
+			if err != nil {
+				g.through(direction) // its end is held back like its bytes
+				a.Close()
+				b.Close()
+				return
+			}
+		}
 	}
 	go func() {
-		one(b, a)
+		one(b, a, 0)
 		close(done)
 	}()
-	one(a, b)
+	one(a, b, 1)
 	<-done
 }
 
@@ -100,13 +129,23 @@ func (g *Gate) Shut() {
 	for c := range g.conns {
 		c.Close()
 	}
+	g.cond.Broadcast()
+}
+
+// Hold keeps back what goes to the address, what comes from it, or both.
+func (g *Gate) Hold(to, from bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.held = [2]bool{to, from}
+	g.cond.Broadcast()
 }
 
 // Open opens the gate again.
 func (g *Gate) Open() {
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	g.shut = false
+	g.mu.Unlock()
+	g.Hold(false, false)
 }
 
 // Close ends the gate.

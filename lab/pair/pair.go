@@ -28,7 +28,7 @@ type Config struct {
 	Interval time.Duration
 	// Args are appended to the frontends' command lines, BackendArgs to the backend's.
 	Args, BackendArgs []string
-	// Gated puts a Gate between the frontends and the backend.
+	// Gated puts a Gate on each way between the daemons.
 	Gated bool
 	// Single leaves frontend b, the proxy and everything about peers away.
 	Single bool
@@ -44,10 +44,24 @@ type Config struct {
 type Pair struct {
 	Config
 	Backend, A, B, Proxy *Node
-	// Gate is between frontends and backend, nil unless Gated.
-	Gate *Gate
-	// BackendAddr is where frontends find the backend.
+	// Ways are what the daemons reach each other by, nil unless Gated: by who
+	// connects, "a" or "b", and to whom, "backend" or "peer".
+	Ways map[string]*Gate
+	// BackendAddr is where the backend listens.
 	BackendAddr string
+}
+
+// way is the address by which from reaches what listens on addr.
+func (p *Pair) way(from, to, addr string) (string, error) {
+	if !p.Gated {
+		return addr, nil
+	}
+	g, err := NewGate(addr)
+	if err != nil {
+		return "", err
+	}
+	p.Ways[from+"-"+to] = g
+	return g.Addr(), nil
 }
 
 // Node is one daemon.
@@ -118,7 +132,12 @@ func addr(host string, port int) (string, error) {
 
 // New lays a pair out and makes its certificates. Nothing runs yet.
 func New(ctx context.Context, c Config) (p *Pair, err error) {
-	p = &Pair{Config: c}
+	p = &Pair{Config: c, Ways: map[string]*Gate{}}
+	defer func() {
+		if err != nil {
+			p.Kill()
+		}
+	}()
 	if err := os.MkdirAll(c.Dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -136,21 +155,17 @@ func New(ctx context.Context, c Config) (p *Pair, err error) {
 		return nil, err
 	}
 	p.BackendAddr = listen
-	if c.Gated {
-		if p.Gate, err = NewGate(listen); err != nil {
-			return nil, err
-		}
-		p.BackendAddr = p.Gate.Addr()
-	}
 	var vols []string
 	for _, v := range c.Volumes {
 		vols = append(vols, "--volume", v.Name+"="+v.Source)
 	}
 	p.Backend = p.node("backend", c.AtBackend, append(append([]string{"backend", "--pki", p.path("pki"), "--name", "old", "--state", p.path("backend"),
 		"--listen", listen}, vols...), c.BackendArgs...))
-	p.A = p.Frontend("a", c.AtA, p.peers("a", atA, atB)...)
-	if !c.Single {
-		p.B = p.Frontend("b", c.AtB, p.peers("b", atB, atA)...)
+	if p.A, err = p.half("a", c.AtA, atA, atB); err == nil && !c.Single {
+		p.B, err = p.half("b", c.AtB, atB, atA)
+	}
+	if err != nil {
+		return nil, err
 	}
 	if !c.Single {
 		p.Proxy = p.node("proxy", nil, []string{"proxy", "--state", p.path("proxy"), "--export", "nbd+unix:///?socket=" + p.path("proxy.sock"),
@@ -161,16 +176,23 @@ func New(ctx context.Context, c Config) (p *Pair, err error) {
 
 func (p *Pair) path(name string) string { return filepath.Join(p.Dir, name) }
 
-func (p *Pair) peers(zone, listen, peer string) []string {
-	if p.Single {
-		return nil
+// half lays out one of the two frontends.
+func (p *Pair) half(name string, at rig.Command, listen, peer string) (*Node, error) {
+	backend, err := p.way(name, "backend", p.BackendAddr)
+	if err != nil || p.Single {
+		return p.frontend(name, at, backend), err
 	}
-	return []string{"--zone", zone, "--peer-listen", listen, "--peer", peer, "--arbiter", p.BackendAddr}
+	other, err := p.way(name, "peer", peer)
+	return p.frontend(name, at, backend, "--zone", name, "--peer-listen", listen, "--peer", other, "--arbiter", backend), err
 }
 
 // Frontend lays out one more frontend of the same backend, with arguments of its own.
 func (p *Pair) Frontend(name string, at rig.Command, args ...string) *Node {
-	all := []string{"frontend", "--pki", p.path("pki"), "--name", name, "--state", p.path(name), "--backend", p.BackendAddr,
+	return p.frontend(name, at, p.BackendAddr, args...)
+}
+
+func (p *Pair) frontend(name string, at rig.Command, backend string, args ...string) *Node {
+	all := []string{"frontend", "--pki", p.path("pki"), "--name", name, "--state", p.path(name), "--backend", backend,
 		"--export", "nbd+unix:///?socket=" + p.path(name+".sock")}
 	for _, v := range p.Volumes {
 		all = append(all, "--volume", v.Name)
@@ -296,8 +318,8 @@ func (p *Pair) Kill() {
 			n.Proc.Kill()
 		}
 	}
-	if p.Gate != nil {
-		p.Gate.Close()
+	for _, g := range p.Ways {
+		g.Close()
 	}
 }
 
@@ -309,8 +331,8 @@ func (p *Pair) Stop() error {
 			errs = append(errs, n.Proc.Stop(30*time.Second))
 		}
 	}
-	if p.Gate != nil {
-		errs = append(errs, p.Gate.Close())
+	for _, g := range p.Ways {
+		errs = append(errs, g.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -124,10 +124,23 @@ func TestGate(t *testing.T) {
 	if err := pass(c); err != nil {
 		t.Error(err)
 	}
+	for _, held := range [][2]bool{{true, false}, {false, true}, {true, true}} {
+		g.Hold(held[0], held[1])
+		d := dial()
+		d.SetDeadline(time.Now().Add(100 * time.Millisecond))
+		if err := pass(d); err == nil {
+			t.Errorf("a word went through a gate that is held: %v", held)
+		}
+		g.Open()
+		d.SetDeadline(time.Now().Add(20 * time.Second))
+		if _, err := io.ReadFull(d, make([]byte, 4)); err != nil {
+			t.Errorf("a word that was held back is lost: %v", err)
+		}
+	}
 	if err := g.Close(); err != nil {
 		t.Error(err)
 	}
-	if g.Bytes() != 16 {
+	if g.Bytes() != 16+3*8 {
 		t.Errorf("%d bytes went through", g.Bytes())
 	}
 }
