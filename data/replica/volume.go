@@ -181,6 +181,10 @@ func (v *Volume) updateLocked(fn func(*standing)) {
 	next := *old
 	next.changed = make(chan struct{})
 	fn(&next)
+	if next.role == primary && next.settled {
+		// What clients are shown is all there is, whoever is asked for it later.
+		v.known.whole = true
+	}
 	v.now.Store(&next)
 	close(old.changed)
 }
