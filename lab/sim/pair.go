@@ -57,6 +57,7 @@ type machine struct {
 	// Guarded by pair.mu.
 	fs    *disktest.FS
 	downs int // events that keep it down
+	lives int // times it went down
 	boot  int // power cuts
 
 	booted int // boot when a process last opened all volumes
@@ -135,9 +136,12 @@ func (p *pair) clock(rate float64) func() time.Time {
 
 // start runs what belongs on a machine. With a full disk it tries until there is room.
 func (p *pair) start(m *machine) {
+	p.mu.Lock()
+	life := m.lives
+	p.mu.Unlock()
 	for p.ctx.Err() == nil {
 		p.mu.Lock()
-		fs, gone := m.fs, p.gone && m.id < Backend
+		fs, gone := m.fs, m.lives != life || p.gone && m.id < Backend
 		p.mu.Unlock()
 		if gone {
 			return
@@ -147,7 +151,7 @@ func (p *pair) start(m *machine) {
 		err := p.run(m, r, fs)
 		if err == nil {
 			p.mu.Lock()
-			ok := m.downs == 0 && m.fs == fs
+			ok := m.downs == 0 && m.lives == life
 			if ok {
 				m.proc.Store(r)
 			}
@@ -159,7 +163,7 @@ func (p *pair) start(m *machine) {
 		}
 		r.end()
 		p.mu.Lock()
-		mine := m.downs == 0 && m.fs == fs
+		mine := m.downs == 0 && m.lives == life
 		p.mu.Unlock()
 		switch {
 		case !mine:
@@ -563,6 +567,7 @@ func (p *pair) down(m *machine, power bool) {
 	p.watch()
 	r := m.proc.Swap(nil)
 	if first {
+		m.lives++
 		if power {
 			m.fs = m.fs.Crash()
 			m.boot++
