@@ -8,7 +8,6 @@ import (
 
 	"forerun/lab/load"
 	"forerun/lab/netns"
-	"forerun/lab/rig"
 )
 
 // BackOptions are what Back needs beside Options.
@@ -64,8 +63,8 @@ type backRun struct {
 // move moves the disk from one home to the other and makes the native disk
 // there the source of the next move.
 func (b *backRun) move(i int, what string, from, to netns.Site) error {
-	p, err := b.pair(Config{Dir: b.path(fmt.Sprintf("move%d", i)), Volumes: []Volume{b.d.volume()}, Single: true,
-		AtBackend: from.Command, HostBackend: from.Addr, AtA: rig.Command(to.Command), HostA: to.Addr})
+	p, err := b.pair(Config{Dir: b.path(fmt.Sprintf("move%d", i)), Volumes: []Volume{b.d.volume()},
+		AtBackend: from.Command, HostBackend: from.Addr, AtA: to.Command, HostA: to.Addr, AtB: to.Command, HostB: to.Addr})
 	if err != nil {
 		return err
 	}
@@ -80,7 +79,11 @@ func (b *backRun) move(i int, what string, from, to netns.Site) error {
 	}
 	b.d.work(load.Config{Pause: 20 * time.Millisecond})
 	native := b.path(fmt.Sprintf("native%d.raw", i))
-	if _, err := p.Order(b.ctx, p.A, "cutover", b.d.name, "--to", native, "--wait"); err != nil {
+	primary, _, err := p.Primary(b.ctx, b.d.name)
+	if err != nil {
+		return err
+	}
+	if _, err := p.Order(b.ctx, primary, "cutover", b.d.name, "--to", native, "--wait"); err != nil {
 		return errors.Join(err, b.d.rest(), p.Words())
 	}
 	b.sleep(500 * time.Millisecond)
