@@ -107,6 +107,11 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 	// The link goes last: a read that waits for it may still be answered while
 	// the exports drain.
 	defer f.hangUp()
+	// The peer is spoken to until the volumes are closed: they are handed over.
+	pairCtx, endPair := context.WithCancel(context.WithoutCancel(ctx))
+	var pairing sync.WaitGroup
+	paired := make(chan error, 1)
+	defer func() { endPair(); pairing.Wait() }()
 	defer func() { err = errors.Join(err, f.closeVolumes()) }()
 
 	base, cancel := context.WithCancel(ctx)
@@ -119,7 +124,15 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 	return daemon.Tree(ctx,
 		func(ctx context.Context) error { return serve.Run(ctx, f.cfg.StateDir, handler) },
 		func(ctx context.Context) error { return f.serve(ctx, clientTLS) },
-		f.runPair,
+		func(ctx context.Context) error {
+			pairing.Go(func() { paired <- f.runPair(pairCtx) })
+			select {
+			case err := <-paired:
+				return err
+			case <-ctx.Done():
+				return nil
+			}
+		},
 	)
 }
 

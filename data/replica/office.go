@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"forerun/block"
@@ -300,7 +301,7 @@ func (v *Volume) goAlone(r *reign) {
 	v.mu.Lock()
 	if now := v.now.Load(); now.reign == r && now.ship == nil {
 		if peer {
-			v.reason = "the other node is out: " + v.reason
+			v.reason = strings.TrimSuffix("the other node is out: "+v.reason, ": ")
 		}
 		v.updateLocked(func(s *standing) {
 			s.alone, s.sync, s.sole, s.settled, s.open = degrade, peer && !parted, true, true, r.free && !s.leaving

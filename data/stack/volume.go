@@ -102,6 +102,9 @@ const (
 	marksName  = "marks"
 )
 
+// yieldTime bounds the handing over of an orderly stop.
+const yieldTime = 3 * time.Second
+
 // spaceRetry is how often a write that found no space tries again.
 const spaceRetry = time.Second
 
@@ -297,6 +300,14 @@ func (v *Volume) Near(off, n int64) bool {
 // Close ends everything that runs, makes what is written durable and closes.
 func (v *Volume) Close() error {
 	v.stopCutover()
+	if v.rep != nil && v.opts.Pair != nil && !v.Switched() && !v.shut.Load() {
+		// An orderly stop: the other node goes on at once, rather than find out.
+		ctx, cancel := context.WithTimeout(context.Background(), yieldTime)
+		if err := v.rep.Yield(ctx); err != nil {
+			v.opts.Log.Info("the volume was not handed over before the stop", "why", err)
+		}
+		cancel()
+	}
 	if v.source != nil {
 		v.source.stop() // readers that wait for the link are told, and let the gate drain
 	}
