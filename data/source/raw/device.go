@@ -67,7 +67,7 @@ func Open(path string, o Options) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Device{claim: c, real: c.Size(), grain: sector.Size, log: o.Log}
+	d := &Device{claim: c, real: c.Size(), grain: 1, log: o.Log}
 	d.info = block.Info{
 		Size: sector.Up(c.Size()), BlockSize: sector.Size, PreferredIO: preferredIO,
 		ReadOnly: c.ReadOnly(),

@@ -116,8 +116,8 @@ func (d *Device) punch(off, n int64) error {
 }
 
 // inner is the part of a range that the device can free or zero by itself:
-// whole logical blocks. A file, and a device of 512-byte blocks, takes any
-// range of sectors.
+// whole logical blocks. A file takes any range, also one that ends with it in
+// the middle of a sector.
 func (d *Device) inner(off, n int64) (int64, int64) {
 	from, to := (off+d.grain-1)/d.grain*d.grain, (off+n)/d.grain*d.grain
 	return from, max(0, to-from)
