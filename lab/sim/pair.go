@@ -853,6 +853,67 @@ func (p *pair) disaster() ([][]byte, int64, int64, error) {
 	return images, after, before, nil
 }
 
+func (p *pair) survive() (int, error) {
+	for _, m := range p.m { // what is down comes back by itself
+		for begin := time.Now(); p.at(m).proc.Load() == nil; wait(p.ctx, 50*time.Millisecond) {
+			if time.Since(begin) > settleTime || p.h.Err() != nil {
+				return -1, errors.Join(p.h.Err(), fmt.Errorf("%s does not come back: %w", machineNames[m.id], errLate))
+			}
+		}
+	}
+	p.mu.Lock()
+	p.watch()
+	node := -1
+	for _, n := range []int{NodeA, NodeB} { // rather a secondary: it must have what was flushed as well
+		in, office := true, false
+		for _, s := range p.truth.vols {
+			in = in && s.whole[n] && !s.killed[n] && s.rec.Member(machineNames[n])
+			office = office || s.rec.Primary == machineNames[n]
+		}
+		if in && (node < 0 || !office) {
+			node = n
+		}
+	}
+	p.mu.Unlock()
+	if node < 0 {
+		return -1, nil
+	}
+	p.quiet(1-node, true)
+	p.down(p.m[1-node], true)
+	p.down(p.m[node], true)
+	for o := range machines {
+		p.net.cut(node, o)
+	}
+	wait(p.ctx, 100*time.Millisecond)
+	p.up(p.m[node])
+	p.log.Add("%s is alone", machineNames[node])
+	var last error
+	for begin := time.Now(); time.Since(begin) < settleTime && p.h.Err() == nil; wait(p.ctx, 200*time.Millisecond) {
+		r := p.m[node].proc.Load()
+		if r == nil {
+			continue
+		}
+		last = nil
+		for _, v := range r.vols {
+			ctx, cancel := context.WithTimeout(r.ctx, 5*time.Second)
+			last = errors.Join(last, v.Volume.TakeOver(ctx, true))
+			cancel()
+		}
+		if last == nil {
+			return node, nil
+		}
+	}
+	return node, errors.Join(p.h.Err(), fmt.Errorf("%s is not made primary by force: %w: %w", machineNames[node], errLate, last))
+}
+
+// at is the machine that stands for m.
+func (p *pair) at(m *machine) *machine {
+	if m.id == Arbiter {
+		return p.m[p.arbiterAt()]
+	}
+	return m
+}
+
 // stated reads the sources, and gives the moments of the cut that the backend
 // says they are.
 func (p *pair) stated(rec *writeback.Receiver, sources []*image) (images [][]byte, after, before int64) {

@@ -40,6 +40,10 @@ type cluster interface {
 	// disaster ends both nodes for good and gives the sources as the backend
 	// leaves them, with the moments of the cut that it states.
 	disaster() (images [][]byte, after, before int64, err error)
+	// survive cuts the power of both nodes, brings one back that was in sync
+	// and has an operator make it primary of everything: the other is gone for good. It
+	// answers -1 when no node was in sync in all volumes.
+	survive() (node int, err error)
 	// close ends everything that runs.
 	close()
 }
@@ -142,6 +146,14 @@ func (d *driver) drive(res *Result) error {
 	}
 	if d.Disaster {
 		return d.disaster()
+	}
+	if d.Survive {
+		d.log.Add("only one survives")
+		node, err := d.c.survive()
+		if err != nil || node < 0 {
+			return errors.Join(d.h.Err(), err)
+		}
+		return d.read(node)
 	}
 	d.log.Add("heal")
 	if err := d.c.heal(); err != nil {

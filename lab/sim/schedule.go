@@ -81,6 +81,7 @@ type Schedule struct {
 	Disaster bool          // in the end both nodes are gone for good
 	Abort    bool          // in the end the sources are given back
 	Apart    bool          // no two writes to a sector are under way at once
+	Survive  bool          // in the end both lose power and one is gone for good
 	Filled   bool          // the nodes have everything at first
 	Journal  int64         // most bytes of a volume's journal
 	Interval time.Duration // between checkpoints
@@ -91,8 +92,8 @@ type Schedule struct {
 // String prints the schedule.
 func (s Schedule) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "seed %d: %d volumes, %d clients each, %v long, pause %v, rtt %v, wan %v, degrade %v, own arbiter %v, clock %.3f, disaster %v, abort %v, apart %v, filled %v, journal %d, interval %v, fail-back %v\n",
-		s.Seed, s.Volumes, s.Clients, s.Length, s.Pause, s.RTT, s.WANRTT, s.Degrade, s.Remote, s.Rate, s.Disaster, s.Abort, s.Apart, s.Filled, s.Journal, s.Interval, s.FailBack)
+	fmt.Fprintf(&b, "seed %d: %d volumes, %d clients each, %v long, pause %v, rtt %v, wan %v, degrade %v, own arbiter %v, clock %.3f, disaster %v, survive %v, abort %v, apart %v, filled %v, journal %d, interval %v, fail-back %v\n",
+		s.Seed, s.Volumes, s.Clients, s.Length, s.Pause, s.RTT, s.WANRTT, s.Degrade, s.Remote, s.Rate, s.Disaster, s.Survive, s.Abort, s.Apart, s.Filled, s.Journal, s.Interval, s.FailBack)
 	for _, e := range s.Events {
 		fmt.Fprintln(&b, e)
 	}
@@ -114,6 +115,7 @@ func Plan(seed uint64) Schedule {
 		Journal: []int64{256 << 10, 512 << 10, 4 << 20}[r.IntN(3)], Interval: ms(300, 4000),
 		Apart: r.IntN(4) > 0, Abort: seed%2 == 0, FailBack: []time.Duration{0, 0, 2 * time.Second}[r.IntN(3)],
 	}
+	s.Survive = !s.Disaster && r.IntN(4) == 0
 	weights := make([]int, faults)
 	total := 0
 	for f := range weights {
@@ -194,7 +196,7 @@ func Shrink(s Schedule, fails func(Schedule) bool) Schedule {
 		func(s *Schedule) { s.Volumes = 1 },
 		func(s *Schedule) { s.Clients = 1 },
 		func(s *Schedule) { s.Rate = 1 },
-		func(s *Schedule) { s.Disaster = false },
+		func(s *Schedule) { s.Disaster, s.Survive = false, false },
 	} {
 		t := s
 		change(&t)

@@ -418,6 +418,8 @@ func (t *toy) disaster() ([][]byte, int64, int64, error) {
 	return t.store, t.stated, t.stated, nil
 }
 
+func (t *toy) survive() (int, error) { return -1, nil }
+
 func (t *toy) close() {
 	close(t.stop)
 	t.wg.Wait()
