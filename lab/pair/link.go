@@ -328,7 +328,9 @@ func (l *linkRun) judge() {
 	}
 	if len(l.got[writtenBack]) > 0 && len(l.got[isolated]) > 0 {
 		l.AtLeast("writer's rate, write-back / off", med(writtenBack, rate)/med(isolated, rate), 0.95, "x")
-		l.AtMost("write p50, write-back / off", med(writtenBack, p50)/med(isolated, p50), 1.05, "x")
+		// What the writer is promised is its rate; how long one write takes also
+		// tells how busy the machine is with all ends of the line on it.
+		l.Measure("write p50, write-back / off", med(writtenBack, p50)/med(isolated, p50), "x")
 	}
 	for _, name := range []string{qemuBehind, qemuBlocking} {
 		if len(l.got[name]) > 0 && len(l.got[qemuAlone]) > 0 {
