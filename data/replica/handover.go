@@ -112,7 +112,16 @@ func (v *Volume) leave(r *reign, s *session, prefer bool) error {
 	}()
 	for {
 		c, cancel := context.WithTimeout(r.ctx, callTime)
-		rec, err := v.cfg.Fence.Handover(c, r.epoch, s.node, prefer)
+		var rec fence.Record
+		var err error
+		lost := v.now.Load().ship != s
+		if lost {
+			// Who it was meant for may have lost what it had meanwhile: the request
+			// is not made again, and what is left of it is ended.
+			rec, err = v.cfg.Fence.Settle(c)
+		} else {
+			rec, err = v.cfg.Fence.Handover(c, r.epoch, s.node, prefer)
+		}
 		cancel()
 		v.learn(event{kind: learned, rec: rec})
 		switch {
@@ -124,6 +133,8 @@ func (v *Volume) leave(r *reign, s *session, prefer bool) error {
 			return nil
 		case r.ctx.Err() != nil:
 			return nil
+		case lost && err == nil:
+			return v.fault("handover", block.KindBusy, "the hand-over was called off: the other node was lost")
 		case fence.Decided(err) && !v.cfg.Fence.Doubt():
 			return err
 		}

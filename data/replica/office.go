@@ -16,7 +16,10 @@ import (
 func (v *Volume) reignAs(ctx context.Context, rec fence.Record, first bool) {
 	peer := v.cfg.Peer != nil
 	others := !rec.Alone(v.cfg.Node)
-	if first && others && peer && !v.clean {
+	v.mu.Lock()
+	whole := v.known.whole
+	v.mu.Unlock()
+	if others && peer && !whole {
 		if !v.giveWay(ctx, rec) {
 			return
 		}
@@ -78,8 +81,9 @@ func (v *Volume) reignAs(ctx context.Context, rec fence.Record, first bool) {
 	r.group.Wait()
 }
 
-// giveWay is for a primary that comes back after a power cut: the other node has
-// in memory what this one may have lost, and shall take over. It answers true
+// giveWay is for a primary that comes back after a power cut, or that was made one
+// while it was away: the other node has what this one may have lost, and shall
+// take over. It answers true
 // when the other cannot, and this node has been recorded as the only member.
 func (v *Volume) giveWay(ctx context.Context, rec fence.Record) bool {
 	waits := time.Now()

@@ -39,7 +39,9 @@ func (v *Volume) keep(r *reign, s *session) error {
 	// one may have given its word.
 	r.free = true
 	v.updateLocked(func(n *standing) {
-		n.ship, n.inSync, n.alone, n.sync = s, false, false, !member
+		// Until the other node has everything, nobody takes over from this one: what
+		// is acknowledged has to be here after a power cut.
+		n.ship, n.inSync, n.alone, n.sync = s, false, false, !member || !s.whole
 		n.open = n.settled && !n.leaving
 	})
 	v.mu.Unlock()

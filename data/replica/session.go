@@ -19,6 +19,7 @@ import (
 type session struct {
 	token  uint64
 	node   string // who is at the other end
+	whole  bool   // it had everything when the session began
 	ctx    context.Context
 	cancel context.CancelFunc
 	slow   atomic.Bool
@@ -34,7 +35,7 @@ func (v *Volume) open(r *reign) (*session, error) {
 		v.learn(event{kind: learned, rec: s.rec})
 		return nil, block.E("replica.open", v.cfg.Volume, block.KindFenced, fmt.Errorf("%s knows of epoch %d", s.node, s.rec.Epoch))
 	}
-	n := &session{token: s.token, node: s.node}
+	n := &session{token: s.token, node: s.node, whole: s.inSync}
 	n.ctx, n.cancel = context.WithCancel(r.ctx)
 	return n, nil
 }
