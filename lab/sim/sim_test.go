@@ -52,6 +52,9 @@ func TestToy(t *testing.T) {
 // TestLies runs pairs that are wrong in one way each: each is caught. The seed
 // that is tried first is one that is known to show it.
 func TestLies(t *testing.T) {
+	if testing.Short() {
+		t.Skip("hundreds of histories, which nothing runs beside; the long run judges the judge")
+	}
 	for l := honest + 1; l < lies; l++ {
 		t.Run(lieNames[l].name, func(t *testing.T) {
 			for i := range uint64(400) {
