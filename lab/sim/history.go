@@ -35,6 +35,7 @@ type record struct {
 	sectors []cell
 	flushed int64   // writes acknowledged before this moment are durable
 	grants  []grant // in order
+	oneDisk bool    // a write that one node synced is not durable for that
 }
 
 // grant is an epoch: when it was granted, known to who has it, and answered in.
@@ -352,7 +353,17 @@ func (c *cell) String() string {
 }
 
 func (r *record) durable(w *write) bool {
-	return w.end < never && (w.fua || w.synced || w.end < r.flushed)
+	return w.end < never && (w.fua || w.synced && !r.oneDisk || w.end < r.flushed)
+}
+
+// OneDisk notes that the node whose promise to have synced may be all there was
+// is about to be gone with its disk: from now on only what was flushed counts.
+func (h *History) OneDisk() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, r := range h.vols {
+		r.oneDisk = true
+	}
 }
 
 // Lose notes that every node that had all of the volume is gone: of each

@@ -430,15 +430,21 @@ type asker struct {
 
 // Call is fence.Caller.Call.
 func (a *asker) Call(ctx context.Context, typ uint8, parts ...[]byte) ([]byte, error) {
-	out, err := a.Caller.Call(ctx, typ, parts...)
-	if err == nil {
-		a.p.mu.Lock()
-		if rec := a.p.truth.vols[a.vol].rec; rec.Primary == machineNames[a.node] {
-			a.p.h.Took(a.vol, int64(rec.Epoch))
-		}
-		a.p.mu.Unlock()
+	a.p.mu.Lock()
+	a.p.took(a.vol)
+	a.p.mu.Unlock()
+	return a.Caller.Call(ctx, typ, parts...)
+}
+
+// took notes when a node knows that it has an epoch. mu is held.
+func (p *pair) took(vol int) {
+	rec := p.truth.vols[vol].rec
+	if rec.Epoch == 0 {
+		return
 	}
-	return out, err
+	if r := p.m[nodeOf(rec.Primary)].proc.Load(); r != nil && r.vols[vol].Volume.Status().Epoch >= rec.Epoch {
+		p.h.Took(vol, int64(rec.Epoch))
+	}
 }
 
 // teller passes a node's messages to the other one, and notes when that one
@@ -644,6 +650,7 @@ func (p *pair) watch() {
 		if s.rec.Epoch == 0 {
 			continue
 		}
+		p.took(v)
 		at := nodeOf(s.rec.Primary)
 		a, b := p.m[at].proc.Load(), p.m[1-at].proc.Load()
 		if a == nil || b == nil || !s.whole[at] || s.whole[1-at] && !s.killed[1-at] {
@@ -878,6 +885,7 @@ func (p *pair) survive() (int, error) {
 	if node < 0 {
 		return -1, nil
 	}
+	p.h.OneDisk()
 	p.quiet(1-node, true)
 	p.down(p.m[1-node], true)
 	p.down(p.m[node], true)
