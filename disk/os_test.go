@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"syscall"
 	"testing"
@@ -146,5 +147,29 @@ func TestOSMakesDirectories(t *testing.T) {
 	f.Close()
 	if err := d.MkdirAll(filepath.Join(dir, "file", "x")); err == nil {
 		t.Fatal("made a directory in a file")
+	}
+}
+
+// TestPublish replaces a file whole, and leaves the old one when writing fails.
+func TestPublish(t *testing.T) {
+	host, name := disk.OS(), filepath.Join(t.TempDir(), "f")
+	if err := disk.PublishBytes(host, name, []byte("old, and longer")); err != nil {
+		t.Fatal(err)
+	}
+	broken := errors.New("no")
+	if err := disk.Publish(host, name, func(f disk.File) error { f.WriteAt([]byte("half"), 0); return broken }); !errors.Is(err, broken) {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(name); err != nil || string(b) != "old, and longer" {
+		t.Fatalf("%q %v", b, err)
+	}
+	if err := disk.PublishBytes(host, name, []byte("new")); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(name); err != nil || string(b) != "new" {
+		t.Fatalf("%q %v", b, err)
+	}
+	if _, err := os.Stat(name + disk.TmpSuffix); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the temporary file is still there: %v", err)
 	}
 }

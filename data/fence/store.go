@@ -16,11 +16,10 @@ import (
 
 // See FORMAT.md.
 const (
-	fileHead  = 16
-	fileMax   = 4 << 10
-	suffix    = ".fence"
-	tmpSuffix = ".tmp"
-	lockName  = "lock"
+	fileHead = 16
+	fileMax  = 4 << 10
+	suffix   = ".fence"
+	lockName = "lock"
 )
 
 // fileMagic is a name and the version.
@@ -72,24 +71,11 @@ func decodeRecord(b []byte) (Record, error) {
 // save makes a record durable. When it fails either record may be there after a crash.
 func save(fsys disk.FS, dir string, r Record) error {
 	name := path.Join(dir, fileName(r.Volume))
-	f, err := fsys.Open(name+tmpSuffix, disk.Write|disk.Create|disk.Trunc)
+	err := disk.PublishBytes(fsys, name, encodeRecord(r))
 	if err != nil {
-		return err
+		fsys.Remove(name + disk.TmpSuffix)
 	}
-	if _, err = f.WriteAt(encodeRecord(r), 0); err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		fsys.Remove(name + tmpSuffix)
-		return err
-	}
-	if err := fsys.Rename(name+tmpSuffix, name); err != nil {
-		return err
-	}
-	return fsys.SyncDir(dir)
+	return err
 }
 
 // load reads all records. Those that cannot be read are told by their files' names.
@@ -101,7 +87,7 @@ func load(fsys disk.FS, dir string) (records []Record, damaged map[string]error,
 	damaged = map[string]error{}
 	for _, n := range names {
 		switch {
-		case strings.HasSuffix(n, tmpSuffix):
+		case strings.HasSuffix(n, disk.TmpSuffix):
 			if err := fsys.Remove(path.Join(dir, n)); err != nil {
 				return nil, nil, err
 			}

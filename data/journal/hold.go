@@ -112,7 +112,7 @@ func (j *Journal) saveHolds() error {
 	j.mu.Unlock()
 	if err == nil {
 		b = fmt.Appendf(b, "\n%08x\n", crc32.Checksum(b, castagnoli))
-		err = j.publish(holdsName, b)
+		err = disk.PublishBytes(j.fs, path.Join(j.dir, holdsName), b)
 	}
 	if err != nil {
 		j.mu.Lock()
@@ -121,28 +121,6 @@ func (j *Journal) saveHolds() error {
 		return block.E("journal.hold", j.dir, 0, err)
 	}
 	return nil
-}
-
-// publish replaces a small file: temporary name, sync, rename, sync of the directory.
-func (j *Journal) publish(name string, b []byte) error {
-	to := path.Join(j.dir, name)
-	f, err := j.fs.Open(to+".tmp", disk.Write|disk.Create|disk.Trunc)
-	if err != nil {
-		return err
-	}
-	if _, err = f.WriteAt(b, 0); err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = j.fs.Rename(to+".tmp", to)
-	}
-	if err == nil {
-		err = j.fs.SyncDir(j.dir)
-	}
-	return err
 }
 
 // loadHolds reads the holds. A damaged file means no holds: their owners learn

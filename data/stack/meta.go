@@ -77,7 +77,7 @@ func writeMeta(fs disk.FS, dir string, m Meta) error {
 	if err != nil {
 		return block.E(op, name, block.KindInvalid, err)
 	}
-	if err = publish(fs, dir, metaName, append(b, '\n')); err == nil {
+	if err = disk.PublishBytes(fs, name, append(b, '\n')); err == nil {
 		err = fs.SyncDir(path.Dir(dir))
 	}
 	if err != nil {

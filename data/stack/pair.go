@@ -58,7 +58,7 @@ func (v *Volume) noteBoot(ctx context.Context) {
 		case <-time.After(wholeCheck):
 		}
 	}
-	if err := publish(v.opts.FS, v.opts.Dir, bootName, []byte(bootID()+"\n")); err != nil {
+	if err := disk.PublishBytes(v.opts.FS, path.Join(v.opts.Dir, bootName), []byte(bootID()+"\n")); err != nil {
 		v.opts.Log.Warn("it cannot be noted that the volume is whole; after a restart it is compared with the other node", "err", err)
 	}
 }
@@ -84,26 +84,6 @@ func readSmall(fs disk.FS, name string) ([]byte, error) {
 		return nil, err
 	}
 	return b[:n], nil
-}
-
-// publish replaces a small file in dir, durably.
-func publish(fs disk.FS, dir, name string, b []byte) error {
-	to := path.Join(dir, name)
-	f, err := fs.Open(to+".new", disk.Write|disk.Create|disk.Trunc)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(b, 0)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = fs.Rename(to+".new", to)
-	}
-	if err == nil {
-		err = fs.SyncDir(dir)
-	}
-	return err
 }
 
 // noLog stands for the journal of a volume that is on its native target: there
@@ -400,7 +380,7 @@ const endedName = "ended"
 // End records that the volume in dir is over, then removes what it held. The
 // volume has been closed. It may be called again.
 func End(fs disk.FS, dir, scratch, phase string) error {
-	if err := publish(fs, dir, endedName, []byte(phase+"\n")); err != nil {
+	if err := disk.PublishBytes(fs, path.Join(dir, endedName), []byte(phase+"\n")); err != nil {
 		return block.E("stack.end", dir, block.KindNone, err)
 	}
 	var errs []error
@@ -461,7 +441,7 @@ func (v *Volume) SavePolicy(isolated bool) error {
 	if isolated {
 		text = "yes\n"
 	}
-	if err := publish(v.opts.FS, v.opts.Dir, policyName, []byte(text)); err != nil {
+	if err := disk.PublishBytes(v.opts.FS, path.Join(v.opts.Dir, policyName), []byte(text)); err != nil {
 		return block.E("stack.policy", v.meta.Volume, block.KindNone, err)
 	}
 	v.isolated.Store(isolated)

@@ -160,7 +160,7 @@ func parseCloneMeta(b []byte) (m cloneMeta, err error) {
 func saveCloneMeta(fs disk.FS, dir string, m cloneMeta) error {
 	b := encode(m)
 	b = fmt.Appendf(b, "\n%08x\n", crc32.Checksum(b, castagnoli))
-	return publish(fs, path.Join(dir, cloneName), func(f disk.File) error {
+	return disk.Publish(fs, path.Join(dir, cloneName), func(f disk.File) error {
 		_, err := f.WriteAt(b, 0)
 		return err
 	})
@@ -464,7 +464,7 @@ func (c *clone) saveMap() error {
 		b = le.AppendUint64(b, w)
 	}
 	b = le.AppendUint32(b, crc32.Checksum(b, castagnoli))
-	return publish(c.fs, path.Join(c.dir, mapName), func(f disk.File) error {
+	return disk.Publish(c.fs, path.Join(c.dir, mapName), func(f disk.File) error {
 		_, err := f.WriteAt(b, 0)
 		return err
 	})

@@ -300,28 +300,6 @@ func (c *checkpointFile) close() {
 	}
 }
 
-// publish replaces a small file: temporary name, sync, rename, sync of the directory.
-func publish(fs disk.FS, to string, write func(f disk.File) error) error {
-	tmp := to + ".tmp"
-	f, err := fs.Open(tmp, disk.Write|disk.Create|disk.Trunc)
-	if err != nil {
-		return err
-	}
-	if err = write(f); err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = fs.Rename(tmp, to)
-	}
-	if err == nil {
-		err = fs.SyncDir(path.Dir(to))
-	}
-	return err
-}
-
 // remove removes a file that may not be there.
 func remove(fs disk.FS, name string) error {
 	if err := fs.Remove(name); err != nil && block.KindOf(err) != block.KindNotFound {

@@ -523,7 +523,7 @@ func (r *Receiver) change(op string, do func(*state)) error {
 	do(&next)
 	b := next.marshal()
 	r.mu.Unlock()
-	err := publish(r.fs, path.Join(r.dir, stateName), func(f disk.File) error {
+	err := disk.Publish(r.fs, path.Join(r.dir, stateName), func(f disk.File) error {
 		_, err := f.WriteAt(b, 0)
 		return err
 	})
