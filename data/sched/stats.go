@@ -53,3 +53,11 @@ func (s *Scheduler) Stats() Stats {
 		DemandP99:          s.wait.Quantile(0.99),
 	}
 }
+
+// DemandWaits says whether anything in demand's class or write-back's is under
+// way: what Stats counts as DemandQueued and DemandInFlight, for those who ask often.
+func (s *Scheduler) DemandWaits() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.q.queued[rankDemand]+s.q.queued[rankWriteBack]+s.q.sent[rankDemand]+s.q.sent[rankWriteBack] > 0
+}

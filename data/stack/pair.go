@@ -174,11 +174,7 @@ func (v *Volume) FromPeer() int64 {
 
 // DemandWaits says whether the workload waits for the link now.
 func (v *Volume) DemandWaits() bool {
-	if v.source == nil || v.Switched() {
-		return false
-	}
-	s := v.source.sched.Stats()
-	return s.DemandQueued+s.DemandInFlight > 0
+	return v.source != nil && !v.Switched() && v.source.sched.DemandWaits()
 }
 
 // Chunks is the volume as the other node of a pair may read it: what is here,
