@@ -62,6 +62,8 @@ func ParseVolume(s string) (Volume, error) {
 
 // Backend is the daemon.
 type Backend struct {
+	serve.Unsupported // of the orders for pairs, what only a frontend can carry out
+
 	cfg     Config
 	started time.Time
 	open    map[string]*served // set before anything reads it

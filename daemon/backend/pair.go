@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"forerun/api"
-	"forerun/api/serve"
 	"forerun/block"
 	"forerun/data/fence"
 	"forerun/data/writeback"
@@ -133,21 +132,6 @@ func (b *Backend) Discard(ctx context.Context, volume string, _ api.DiscardReque
 		return err
 	}
 	return b.home.receiver.Forget(ctx, volume)
-}
-
-// Checkpoint is serve.PairController.
-func (b *Backend) Checkpoint(ctx context.Context, volume string) error {
-	return serve.Unsupported{}.Checkpoint(ctx, volume)
-}
-
-// Failover is serve.PairController.
-func (b *Backend) Failover(ctx context.Context, volume string, req api.FailoverRequest) error {
-	return serve.Unsupported{}.Failover(ctx, volume, req)
-}
-
-// SetPolicy is serve.PairController.
-func (b *Backend) SetPolicy(ctx context.Context, volume string, req api.PolicyRequest) error {
-	return serve.Unsupported{}.SetPolicy(ctx, volume, req)
 }
 
 // pairStatus adds what the home knows of a volume.

@@ -276,10 +276,7 @@ func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, first boo
 				if f.setProblem(name, err.Error()) {
 					f.log.Error("the volume cannot use the backend; serving what is here, asking again", "volume", name, "err", err)
 				}
-				select {
-				case <-gctx.Done():
-				case <-time.After(attachRetry):
-				}
+				sleep(gctx, attachRetry)
 				err = f.attach(gctx, client, name)
 			}
 			if gctx.Err() != nil {

@@ -200,13 +200,17 @@ func (f *Frontend) callOff(ctx context.Context, v *stack.Volume) error {
 	return nil
 }
 
-// finish closes a volume for good, here and at the peer, and removes what it held.
-func (f *Frontend) finish(ctx context.Context, v *stack.Volume, phase string) error {
-	name := v.Name()
+// withdraw takes a volume out of service: nobody finds it any more.
+func (f *Frontend) withdraw(v *stack.Volume) {
 	f.mu.Lock()
-	delete(f.volumes, name)
+	delete(f.volumes, v.Name())
 	f.mu.Unlock()
 	f.pair.mux.Remove(v.Replica())
+}
+
+// bury closes a volume that was withdrawn for good, and removes what it held.
+func (f *Frontend) bury(v *stack.Volume, phase string) error {
+	name := v.Name()
 	if err := v.Close(); err != nil {
 		f.log.Warn("a volume that is over did not close cleanly", "volume", name, "err", err)
 	}
@@ -216,8 +220,15 @@ func (f *Frontend) finish(ctx context.Context, v *stack.Volume, phase string) er
 	f.mu.Lock()
 	f.over[name] = phase
 	f.mu.Unlock()
-	if f.pair.peer == nil {
-		return nil
+	return nil
+}
+
+// finish ends a volume here and at the peer.
+func (f *Frontend) finish(ctx context.Context, v *stack.Volume, phase string) error {
+	name := v.Name()
+	f.withdraw(v)
+	if err := f.bury(v, phase); err != nil || f.pair.peer == nil {
+		return err
 	}
 	q, err := json.Marshal(about{Volume: name, Ended: phase})
 	if err != nil {
@@ -245,21 +256,11 @@ func (f *Frontend) endedAtPeer(a about) error {
 	}
 	f.log.Info("the peer has ended the volume", "volume", a.Volume, "phase", a.Ended)
 	v.Shut()
-	f.mu.Lock()
-	delete(f.volumes, a.Volume)
-	f.mu.Unlock()
-	f.pair.mux.Remove(v.Replica())
+	f.withdraw(v)
 	f.work.Go(func() {
-		if err := v.Close(); err != nil {
-			f.log.Warn("a volume that is over did not close cleanly", "volume", a.Volume, "err", err)
-		}
-		if err := stack.End(f.fs, f.volumeDir(a.Volume), f.scratchDir(a.Volume), a.Ended); err != nil {
+		if err := f.bury(v, a.Ended); err != nil {
 			f.log.Error("what a volume held cannot be removed", "volume", a.Volume, "err", err)
-			return
 		}
-		f.mu.Lock()
-		f.over[a.Volume] = a.Ended
-		f.mu.Unlock()
 	})
 	return nil
 }

@@ -49,19 +49,13 @@ type about struct {
 
 // openPair makes the clients; run dials.
 func (f *Frontend) openPair() error {
-	dial := func(addr, proto string, role pki.Role) (func(context.Context) (net.Conn, error), error) {
+	client := func(addr, proto string, role pki.Role, up func(bool)) (*msg.Client, error) {
 		c, err := pki.ClientTLS(f.cfg.PKI, f.cfg.Name, role)
 		if err != nil {
 			return nil, err
 		}
-		return msg.DialTLS(addr, proto, c), nil
-	}
-	client := func(addr, proto string, role pki.Role, up func(bool)) (*msg.Client, error) {
-		d, err := dial(addr, proto, role)
-		if err != nil {
-			return nil, err
-		}
-		return msg.NewClient(msg.ClientOptions{Addr: addr, Dial: d, Up: up, Conn: msg.Options{Idle: peerIdle, Log: f.log}, Log: f.log}), nil
+		return msg.NewClient(msg.ClientOptions{Addr: addr, Dial: msg.DialTLS(addr, proto, c), Up: up,
+			Conn: msg.Options{Idle: peerIdle, Log: f.log}, Log: f.log}), nil
 	}
 	var err error
 	if f.pair.back, err = client(f.cfg.Backend, msg.ProtoWriteBack, pki.RoleBackend, nil); err != nil {
@@ -94,23 +88,15 @@ const peerIdle = 2 * time.Second
 
 // runPair keeps the connections of the pair.
 func (f *Frontend) runPair(ctx context.Context) error {
-	var parts []func(context.Context) error
-	for _, c := range []*msg.Client{f.pair.arbiter, f.pair.peer, f.pair.forward, f.pair.back} {
-		if c != nil {
-			parts = append(parts, c.Run)
-		}
-	}
+	parts := []func(context.Context) error{f.pair.back.Run}
 	if f.pair.server != nil {
 		ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", f.cfg.PeerListen)
 		if err != nil {
 			return block.E("listen", f.cfg.PeerListen, block.KindNone, err)
 		}
 		f.log.Info("serving the peer", "listen", ln.Addr().String(), "peer", f.cfg.Peer, "arbiter", f.cfg.Arbiter, "zone", f.cfg.Zone)
-		parts = append(parts, func(ctx context.Context) error { return f.pair.server.Serve(ctx, ln) }, f.askPeer, f.fetchFromPeer, f.gather)
-	}
-	if len(parts) == 0 {
-		<-ctx.Done()
-		return nil
+		parts = append(parts, f.pair.arbiter.Run, f.pair.peer.Run, f.pair.forward.Run,
+			func(ctx context.Context) error { return f.pair.server.Serve(ctx, ln) }, f.askPeer, f.fetchFromPeer, f.gather)
 	}
 	return daemon.Tree(ctx, parts...)
 }

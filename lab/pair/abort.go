@@ -43,11 +43,10 @@ func Abort(ctx context.Context, o AbortOptions, r Report) (err error) {
 		return err
 	}
 	defer k.end(&err)
-	line, err := netns.Open(netns.Config{Link: netns.Link{Delay: o.RTT / 2, Rate: o.Rate}, Offload: true, Seed: k.Seed})
+	line, err := k.openLine(o.Rate, o.RTT)
 	if err != nil {
 		return err
 	}
-	k.atEnd(line.Close)
 	for i := range o.N {
 		a := abortRun{run: k, o: o, line: line}
 		if err := a.drained(i + 1); err != nil {

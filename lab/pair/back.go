@@ -32,11 +32,10 @@ func Back(ctx context.Context, o BackOptions, r Report) (err error) {
 		return err
 	}
 	defer k.end(&err)
-	line, err := netns.Open(netns.Config{Link: netns.Link{Delay: o.RTT / 2, Rate: o.Rate}, Offload: true, Seed: k.Seed})
+	line, err := k.openLine(o.Rate, o.RTT)
 	if err != nil {
 		return err
 	}
-	k.atEnd(line.Close)
 	d, err := k.newDisk("vol", 48<<20)
 	if err != nil {
 		return err

@@ -44,11 +44,10 @@ func Link(ctx context.Context, o LinkOptions, r Report) (err error) {
 		return err
 	}
 	defer k.end(&err)
-	line, err := netns.Open(netns.Config{Link: netns.Link{Delay: o.RTT / 2, Rate: o.Rate}, Offload: true, Seed: k.Seed})
+	line, err := k.openLine(o.Rate, o.RTT)
 	if err != nil {
 		return err
 	}
-	k.atEnd(line.Close)
 	l := linkRun{run: k, o: o, line: line, got: map[string][]linkResult{}}
 	for round := range max(1, o.N) {
 		for i := range linkServers {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"forerun/lab/netns"
 	"forerun/lab/rig"
 )
 
@@ -114,4 +115,15 @@ func (k *run) sleep(d time.Duration) bool {
 // between is a seeded duration in [least, most).
 func (k *run) between(least, most time.Duration) time.Duration {
 	return least + time.Duration(k.rng.Int64N(int64(most-least)))
+}
+
+// openLine makes the line between two sites, of that rate in bytes a second and
+// that round trip; it is closed at the end.
+func (k *run) openLine(rate int64, rtt time.Duration) (*netns.Line, error) {
+	line, err := netns.Open(netns.Config{Link: netns.Link{Delay: rtt / 2, Rate: rate}, Offload: true, Seed: k.Seed})
+	if err != nil {
+		return nil, err
+	}
+	k.atEnd(line.Close)
+	return line, nil
 }
