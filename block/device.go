@@ -86,9 +86,12 @@ const (
 	FastZero Flags = 1 << 5
 	// Soon: of its class, ahead of the rest (read-ahead goes before the sweep).
 	Soon Flags = 1 << 6
+	// Full: answer with the bytes, not with a signature that the asker is
+	// believed to have (a fetch across the link whose signature-only answer was a wrong guess).
+	Full Flags = 1 << 7
 
 	classMask Flags = 3
-	flagsMask Flags = 1<<7 - 1
+	flagsMask Flags = 1<<8 - 1
 )
 
 // Class returns only the class bits: Demand, WriteBack or Background.
@@ -106,7 +109,7 @@ func (f Flags) String() string {
 	for _, b := range [...]struct {
 		bit  Flags
 		name string
-	}{{FUA, "+fua"}, {MayTrim, "+may-trim"}, {Local, "+local"}, {FastZero, "+fast-zero"}, {Soon, "+soon"}} {
+	}{{FUA, "+fua"}, {MayTrim, "+may-trim"}, {Local, "+local"}, {FastZero, "+fast-zero"}, {Soon, "+soon"}, {Full, "+full"}} {
 		if f&b.bit != 0 {
 			s += b.name
 		}

@@ -10,6 +10,7 @@ package chunk
 
 import (
 	"bytes"
+	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -55,7 +56,34 @@ const (
 	// Zeros: the plain bytes are all zero. There are no packed bytes and the
 	// signature is not used; such a chunk is a state of a map, never stored.
 	Zeros Codec = 3
+	// Known is a signature alone, for a receiver that is believed to hold the
+	// chunk: there are no packed bytes. Only on the wire.
+	Known Codec = 4
+	// Recipe: the packed bytes list the pieces that a content-defined chunk
+	// consists of, which are chunks of the store themselves. The signature is
+	// that of the list. Only in the store.
+	Recipe Codec = 5
+	// Bundle is a Recipe as it crosses the link, with the packed bytes of those
+	// pieces that the receiver does not hold. Only on the wire.
+	Bundle Codec = 6
 )
+
+// Key separates dedup domains: signatures under different keys have nothing
+// to do with each other, so who can see one domain's learns nothing of another's
+// content. The zero Key is the common domain, whose signatures are plain SHA-256.
+type Key [32]byte
+
+// Of turns the SHA-256 of some bytes into their signature under k:
+// HMAC-SHA256 (RFC 2104) of it, or itself with the zero Key. So bytes are
+// hashed once, whatever the number of domains.
+func (k *Key) Of(plain Sig) Sig {
+	if *k == (Key{}) {
+		return plain
+	}
+	h := hmac.New(sha256.New, k[:])
+	h.Write(plain[:])
+	return Sig(h.Sum(nil))
+}
 
 // Packed is a sealed chunk. Data belongs to whoever made it; who receives a
 // Packed must copy Data to keep it.
