@@ -59,7 +59,7 @@ func TestAlso(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	o := ServerOptions{TLS: must(pki.ServerTLS(certificates(t), "b1")), Lookup: func(string) (block.Device, int, error) { return nil, 0, nil },
+	o := ServerOptions{TLS: must(pki.ServerTLS(certificates(t), "b1")), Lookup: func(string) (Served, error) { return Served{}, nil },
 		Also: map[string]func(ctx context.Context, nc net.Conn, role, name string){alpn: nil}}
 	if _, err := NewServer(o); err != nil {
 		t.Error("nothing is no protocol", err)

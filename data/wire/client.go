@@ -59,6 +59,7 @@ type Client struct {
 	scratch    []*item // pump's
 	slots      []*link // the living connections, demand first; nil: down
 	remotes    map[uint16]*Remote
+	sites      map[*Site]*siteOf
 	opens      map[uint64]opening
 	asides     map[uint64]*aside
 	nextReq    uint64
@@ -99,7 +100,7 @@ func Dial(ctx context.Context, o ClientOptions) (*Client, error) {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	c := &Client{o: o, log: o.Log, slots: make([]*link, 1+o.BackgroundConns), asking: make(chan struct{}, 32),
-		remotes: map[uint16]*Remote{}, opens: map[uint64]opening{}, asides: map[uint64]*aside{}}
+		remotes: map[uint16]*Remote{}, sites: map[*Site]*siteOf{}, opens: map[uint64]opening{}, asides: map[uint64]*aside{}}
 	rand.Read(c.id[:]) // never fails, see its documentation
 	c.tls = o.TLS.Clone()
 	c.tls.MinVersion = tls.VersionTLS13
@@ -231,7 +232,7 @@ func (c *Client) askOn(l *link, from, to uint8) bool {
 	}
 	c.scratch = c.q.take(c.scratch[:0], from, to, func(o *owner, _ *item) int {
 		r := o.of.(*Remote)
-		if !l.ready[r] {
+		if !l.ready[r] || l.slot > 0 && r.site != nil && !r.site.heard {
 			return 0
 		}
 		return min(free, max(1, maxRead/r.v.chunk))
@@ -245,7 +246,7 @@ func (c *Client) askOn(l *link, from, to uint8) bool {
 		l.outstanding++
 		f := e.call.flags
 		if e.demand {
-			f = block.Demand | f&block.Soon
+			f = block.Demand | f&(block.Soon|block.Full)
 		}
 		l.order(tFetch, e.call.r.handle, e.call.id, f, e.index)
 	}

@@ -13,6 +13,13 @@
 // not read stops its own jobs and nobody else's. While demand is under way the
 // background senders wait, though never longer than a floor allows.
 //
+// What the client's site holds need not cross (site.go, holdings.go): the
+// client tells the 40-bit marks of its signatures, the server answers by
+// signature what it believes to be there, and announces it unasked where the
+// signatures are known before the bytes are wanted (announce.go). A wrong guess
+// costs a second request, never a wrong byte: what is held is found by the
+// whole signature, at the client.
+//
 // The client (Client) keeps every chunk wanted until it was delivered. A
 // connection that dies takes nothing with it: what it had been asked for goes
 // back into the client's queue and is asked for again when the link is back.
@@ -37,7 +44,11 @@
 // to be kept (the dial loop), which starts reader, sender and pinger of the
 // living connection and waits for them; Client.Close waits for all.
 //
-// Locks. Server.mu guards queue, sessions, jobs and out lists; Client.mu
+// Goroutines of dedup: at the client one per site on the first background
+// connection; at the server one per volume that a connection was told to TELL of.
+//
+// Locks. A view's lock is a leaf, taken under no other; Site.mu is before
+// telling.mu, both leaves of whoever calls Added and Gone. Server.mu guards queue, sessions, jobs and out lists; Client.mu
 // guards the same on the other side. Under either only the leaf lock of an RTT
 // estimate is taken, no I/O is waited for and no function of a caller is called.
 // A connection's TLS state is written by its sender alone.

@@ -49,7 +49,9 @@ const (
 // each, with its packed bytes or an error, and returns when all are delivered
 // and no call of deliver is under way: nil, or the first error delivered.
 //
-// f is a class, and Soon. deliver is called from the goroutine that receives,
+// f is a class, Soon, and Full. Without Full a chunk that the volume's Site is
+// believed to hold is answered by its signature alone: p.Codec is chunk.Known
+// then, and who does not hold it asks again, with Full. deliver is called from the goroutine that receives,
 // one per connection, so several calls may be under way at a time. p.Data is
 // valid only during the call. While deliver does not return nothing more is
 // taken from that connection: slow background holds up background only.
@@ -108,7 +110,7 @@ func (r *Remote) check(idx []int64, f block.Flags) error {
 	if r.err != nil {
 		return r.err
 	}
-	if !f.Valid() || f&^(f.Class()|block.Soon) != 0 {
+	if !f.Valid() || f&^(f.Class()|block.Soon|block.Full) != 0 {
 		return bad(block.KindInvalid, "flags %#x are not allowed here", uint32(f))
 	}
 	n := r.v.chunks()
@@ -263,6 +265,8 @@ func (l *link) arrived(h header, index int64, p chunk.Packed, err error) error {
 	switch {
 	case p.Codec == chunk.Zeros:
 		c.stats.ZeroChunks++
+	case p.Codec == chunk.Known:
+		c.stats.SameChunks++
 	case l.slot == 0:
 		c.stats.DemandBytes += int64(len(p.Data))
 	default:

@@ -29,6 +29,9 @@ const (
 	maxPartial = 8               // chunks begun and not finished on one connection
 	maxExtents = 16384           // extents of one answer
 
+	// bundleHeads bounds what a bundle of incompressible pieces has beside them.
+	bundleHeads = 32 << 10
+
 	chunksPerRead = 64 // chunks of one run, see queue.take
 	maxRead       = chunk.MaxSize
 )
@@ -56,12 +59,20 @@ const (
 	tCancel  frameType = 24
 	tExtents frameType = 25
 	tRanges  frameType = 26
+	tHave    frameType = 27
+	tGone    frameType = 28
+	tSame    frameType = 29
+	tTell    frameType = 30
+	tHeard   frameType = 31
 
 	optional frameType = 0x80
 )
 
-// flagMore on a RANGES frame: another one follows.
-const flagMore = 1
+const (
+	flagMore  = 1 // on a RANGES frame: another one follows
+	flagAnew  = 1 // on a HAVE frame: what was said before is void
+	flagWhole = 2 // on a HAVE frame: all has been said
+)
 
 // header is the fixed part of each frame, 16 bytes, big endian.
 type header struct {
@@ -203,7 +214,11 @@ func parseChunk(b []byte) (piece, error) {
 		sig:    chunk.Sig(b[20:52]),
 		data:   b[chunkHead:],
 	}
-	if p.index < 0 || p.plain < 1 || p.plain > chunk.MaxSize || p.packed < 1 || p.packed > p.plain || len(p.data) > p.packed {
+	most := p.plain
+	if p.codec == chunk.Bundle {
+		most += bundleHeads
+	}
+	if p.index < 0 || p.plain < 1 || p.plain > chunk.MaxSize || p.packed < 1 || p.packed > most || len(p.data) > p.packed {
 		return piece{}, protocol("chunk %d: %d plain, %d packed, %d bytes here", p.index, p.plain, p.packed, len(p.data))
 	}
 	return p, nil
@@ -214,7 +229,7 @@ func parseMore(b []byte) (index int64, off int, data []byte, err error) {
 		return 0, 0, nil, protocol("a continuation frame of %d bytes", len(b))
 	}
 	off = int(binary.BigEndian.Uint32(b[8:]))
-	if off > chunk.MaxSize {
+	if off > chunk.MaxSize+bundleHeads {
 		return 0, 0, nil, protocol("a continuation at %d", off)
 	}
 	return int64(binary.BigEndian.Uint64(b)), off, b[moreHead:], nil
@@ -226,11 +241,50 @@ func parseFetch(dst []run, b []byte, limit, most int64) (block.Flags, []run, err
 		return 0, dst, protocol("a fetch frame of %d bytes", len(b))
 	}
 	f := block.Flags(binary.BigEndian.Uint32(b))
-	if !f.Valid() || f&^(f.Class()|block.Soon) != 0 {
+	if !f.Valid() || f&^(f.Class()|block.Soon|block.Full) != 0 {
 		return 0, dst, protocol("fetch with flags %#x", uint32(f))
 	}
 	dst, err := parseRuns(dst, b[4:], limit, most)
 	return f, dst, err
+}
+
+// openOrder is the payload of OPEN.
+type openOrder struct {
+	site uint8 // number of the dedup domain at the client, 0 for none
+	key  chunk.Key
+	name string
+}
+
+const openHead = 1 + len(chunk.Key{})
+
+func appendOpen(b []byte, o openOrder) []byte {
+	b = append(b, o.site)
+	b = append(b, o.key[:]...)
+	return append(b, o.name...)
+}
+
+func parseOpen(b []byte) (openOrder, error) {
+	if len(b) <= openHead || len(b) > openHead+maxName {
+		return openOrder{}, protocol("an open frame of %d bytes", len(b))
+	}
+	return openOrder{site: b[0], key: chunk.Key(b[1:openHead]), name: string(b[openHead:])}, nil
+}
+
+// sigsPerFrame is how many signatures one SAME frame holds.
+const sigsPerFrame = (MaxPayload - 8) / chunk.SigLen
+
+// parseSame takes a SAME payload apart: the first chunk, and the signatures of
+// it and those that follow it.
+func parseSame(b []byte, limit int64) (first int64, sigs []byte, err error) {
+	n := int64(len(b)-8) / chunk.SigLen
+	if len(b) < 8+chunk.SigLen || (len(b)-8)%chunk.SigLen != 0 {
+		return 0, nil, protocol("a frame of signatures of %d bytes", len(b))
+	}
+	f := binary.BigEndian.Uint64(b)
+	if f > math.MaxInt64 || int64(f) >= limit || n > limit-int64(f) {
+		return 0, nil, protocol("signatures of %d chunks from %d on, the volume has %d", n, f, limit)
+	}
+	return int64(f), b[8:], nil
 }
 
 // wireError is the payload of ERROR.

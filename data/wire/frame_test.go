@@ -2,7 +2,9 @@ package wire
 
 import (
 	"bytes"
+	"encoding/binary"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"forerun/block"
@@ -13,7 +15,9 @@ func fuzzSeeds(f *testing.F) {
 	v := volumeInfo{block.Info{Size: 1 << 20, BlockSize: 512, ID: "disk-1"}, 64 << 10}
 	add := func(typ frameType, p []byte) { f.Add(appendFrame(nil, header{typ: typ, volume: 1, req: 3}, p)) }
 	add(tPing, make([]byte, 8))
-	add(tOpen, []byte("disk"))
+	add(tOpen, appendOpen(nil, openOrder{site: 1, name: "disk"}))
+	add(tHave, appendMarks(nil, []mark{5, 1 << 39, 3}))
+	add(tSame, append(binary.BigEndian.AppendUint64(nil, 2), make([]byte, 64)...))
 	add(tVolume, appendVolume(nil, v))
 	add(tFetch, fetchOf(block.Background|block.Soon, run{0, 4}, run{9, 1}))
 	add(tPromote, appendRun(nil, run{2, 2}))
@@ -23,8 +27,8 @@ func fuzzSeeds(f *testing.F) {
 	add(tRanges, appendRanges(nil, []block.Extent{{Off: 512, Len: 512, Kind: block.Hole}, {Off: 1024, Len: 512}}))
 	add(tBye, appendText(nil, block.KindClosed, "so long"))
 	f.Add(appendError(nil, 1, 3, wireError{block.KindIO, []run{{1, 1}}, "bad sector"}))
-	f.Add(appendHello(nil, hello{min: 1, max: 1, node: "f1"}))
-	f.Add(appendWelcome(nil, welcome{version: 1, credit: 9, node: "b1"}))
+	f.Add(appendHello(nil, hello{min: 2, max: 2, node: "f1"}))
+	f.Add(appendWelcome(nil, welcome{version: 2, credit: 9, node: "b1"}))
 }
 
 // FuzzFrames reads bytes as frames and parses each as every type there is, as
@@ -55,11 +59,24 @@ func FuzzFrames(f *testing.F) {
 				}
 			}
 			if pc, err := parseChunk(p); err == nil {
-				if len(pc.data) > pc.packed || pc.packed > pc.plain || pc.plain > chunk.MaxSize || pc.index < 0 {
+				if len(pc.data) > pc.packed || pc.packed > pc.plain+bundleHeads || pc.plain > chunk.MaxSize || pc.index < 0 {
 					t.Fatalf("%+v", pc)
 				}
 			}
 			parseMore(p)
+			if o, err := parseOpen(p); err == nil && (o.name == "" || len(o.name) > maxName) {
+				t.Fatalf("%+v", o)
+			}
+			if ms, err := parseMarks(nil, p); err == nil {
+				if again, err := parseMarks(nil, appendMarks(nil, ms)); err != nil || !slices.Equal(again, ms) {
+					t.Fatalf("marks %x came back as %x, %v", ms, again, err)
+				}
+			}
+			if first, sigs, err := parseSame(p, v.chunks()); err == nil {
+				if n := int64(len(sigs)) / chunk.SigLen; first < 0 || n < 1 || first+n > v.chunks() {
+					t.Fatalf("signatures of %d chunks from %d on", n, first)
+				}
+			}
 			if w, err := parseVolume(p); err == nil {
 				if w.chunks() < 1 || w.length(w.chunks()-1) < 1 || w.length(0) > w.chunk {
 					t.Fatalf("%+v", w)
@@ -112,7 +129,7 @@ func TestFramesComeBack(t *testing.T) {
 	if g, err := readHello(newFrameReader(bytes.NewReader(appendHello(nil, h)))); err != nil || g != h {
 		t.Errorf("%+v, %v", g, err)
 	}
-	if ver, err := chooseVersion(h); ver != 1 || err != nil {
+	if ver, err := chooseVersion(h); ver != 2 || err != nil {
 		t.Errorf("version %d, %v", ver, err)
 	}
 	long := bytes.Repeat([]byte("x"), 5000)

@@ -16,8 +16,8 @@ const magic = "FORERUN\n"
 
 // The protocol versions this end speaks.
 const (
-	minVersion = 1
-	maxVersion = 1
+	minVersion = 2
+	maxVersion = 2
 )
 
 // alpn is the application protocol in the TLS handshake (RFC 7301).
@@ -63,7 +63,7 @@ func appendHello(b []byte, h hello) []byte {
 	return appendFrame(append(b, magic...), header{typ: tHello}, p)
 }
 
-// parseHello reads the payload of HELLO. Bytes after what version 1 knows are
+// parseHello reads the payload of HELLO. Bytes after what version 2 knows are
 // left to later versions.
 func parseHello(b []byte) (hello, error) {
 	if len(b) < 31 || len(b) < 31+int(b[30]) {

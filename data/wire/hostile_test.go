@@ -48,7 +48,7 @@ func (p *peer) say(h header, payload []byte) { p.tc.Write(appendFrame(nil, h, pa
 
 // opened opens the disk as volume 1.
 func (p *peer) opened() *peer {
-	p.say(header{typ: tOpen, volume: 1, req: 1}, []byte("disk"))
+	p.say(header{typ: tOpen, volume: 1, req: 1}, appendOpen(nil, openOrder{name: "disk"}))
 	for {
 		h, _, err := readFrame(p.br)
 		if err != nil {
@@ -85,8 +85,8 @@ func fetchOf(f block.Flags, runs ...run) []byte {
 }
 
 func TestHostileClients(t *testing.T) {
-	demand := hello{min: 1, max: 1, session: sessionID{1}}
-	back := hello{min: 1, max: 1, session: sessionID{2}, role: roleBackground}
+	demand := hello{min: 2, max: 2, session: sessionID{1}}
+	back := hello{min: 2, max: 2, session: sessionID{2}, role: roleBackground}
 	src := newSource(16<<20, 31, "")
 	src.latency = 100 * time.Millisecond
 	for name, f := range map[string]func(w *world) *peer{
@@ -160,7 +160,7 @@ func TestHostileClients(t *testing.T) {
 		"too many opens": func(w *world) *peer {
 			p := w.peer(&demand)
 			for i := range uint16(2000) {
-				p.say(header{typ: tOpen, volume: 1 + i, req: uint64(i) + 1}, []byte("disk"))
+				p.say(header{typ: tOpen, volume: 1 + i, req: uint64(i) + 1}, appendOpen(nil, openOrder{name: "disk"}))
 			}
 			return p
 		},
@@ -217,11 +217,11 @@ func TestHelloRefusals(t *testing.T) {
 			bytes []byte
 			kind  block.Kind
 		}{
-			"newer version": {appendHello(nil, hello{min: 2, max: 9, session: sessionID{1}}), block.KindUnsupported},
+			"newer version": {appendHello(nil, hello{min: 3, max: 9, session: sessionID{1}}), block.KindUnsupported},
 			"rubbish":       {bytes.Repeat([]byte("GET / HTTP/1.1\r\n"), 10), 0},
 			"not a hello":   {appendFrame([]byte(magic), header{typ: tPing}, make([]byte, 8)), 0},
-			"odd role":      {appendHello(nil, hello{min: 1, max: 1, role: 3}), 0},
-			"index":         {appendHello(nil, hello{min: 1, max: 1, role: roleBackground, index: 200}), 0},
+			"odd role":      {appendHello(nil, hello{min: 2, max: 2, role: 3}), 0},
+			"index":         {appendHello(nil, hello{min: 2, max: 2, role: roleBackground, index: 200}), 0},
 		} {
 			p := w.peer(nil)
 			p.tc.Write(tc.bytes)
@@ -234,7 +234,7 @@ func TestHelloRefusals(t *testing.T) {
 		// Somebody else's session.
 		w.client.TLS = clientTLS(w, "f2")
 		p := w.peer(nil)
-		p.tc.Write(appendHello(nil, hello{min: 1, max: 1, session: c.id}))
+		p.tc.Write(appendHello(nil, hello{min: 2, max: 2, session: c.id}))
 		if _, err := readWelcome(p.br); block.KindOf(err) != block.KindDenied {
 			t.Errorf("somebody else's session: %v", err)
 		}
@@ -270,7 +270,7 @@ func TestDawdlers(t *testing.T) {
 			}
 		}
 		// One that is let in and then falls silent goes after Idle.
-		p := w.peer(&hello{min: 1, max: 1, session: sessionID{9}})
+		p := w.peer(&hello{min: 2, max: 2, session: sessionID{9}})
 		began := time.Now()
 		p.thrownOut()
 		if took := time.Since(began); took < 8*time.Second || took > 12*time.Second {
@@ -285,7 +285,7 @@ func TestDeafClient(t *testing.T) {
 	src := newSource(64<<20, 34, "")
 	inWorld(t, line, src, func(w *world) {
 		w.serve()
-		p := w.peer(&hello{min: 1, max: 1, session: sessionID{9}, role: roleBackground}).opened()
+		p := w.peer(&hello{min: 2, max: 2, session: sessionID{9}, role: roleBackground}).opened()
 		p.say(header{typ: tFetch, volume: 1, req: 2}, fetchOf(block.Background, run{0, 1000}))
 		stop := make(chan struct{})
 		quiet := make(chan struct{})
@@ -321,7 +321,7 @@ func TestDeafClient(t *testing.T) {
 func TestUnverifiedTLS(t *testing.T) {
 	dir := certificates(t)
 	cfg := must(pki.NBDServerTLS(dir, "b1", false))
-	if _, err := NewServer(ServerOptions{TLS: cfg, Lookup: func(string) (block.Device, int, error) { return nil, 0, nil }}); block.KindOf(err) != block.KindInvalid {
+	if _, err := NewServer(ServerOptions{TLS: cfg, Lookup: func(string) (Served, error) { return Served{}, nil }}); block.KindOf(err) != block.KindInvalid {
 		t.Error(err)
 	}
 }
@@ -346,7 +346,7 @@ func (w *world) fakeBackend(f func(h hello, v uint16, tc *tls.Conn, br *bufio.Re
 				if err != nil {
 					return
 				}
-				tc.Write(appendWelcome(nil, welcome{version: 1, credit: 100, idle: time.Minute}))
+				tc.Write(appendWelcome(nil, welcome{version: 2, credit: 100, idle: time.Minute}))
 				for {
 					fh, _, err := readFrame(br)
 					if err != nil {

@@ -20,8 +20,9 @@ type lease struct {
 	from *sync.Pool
 }
 
-// slack lets a compressor run a little over before it is found not to pay.
-const slack = 4 << 10
+// slack lets a compressor run a little over before it is found not to pay, and a
+// bundle have its heads.
+const slack = bundleHeads
 
 // get lends a buffer with room for n bytes, at most maxRead.
 func (l *leases) get(n int) *lease {

@@ -30,6 +30,7 @@ type link struct {
 	server string
 	ping   time.Duration
 	wake   chan struct{}
+	room   chan struct{} // out was taken
 	done   chan struct{}
 	rtt    rtt
 	frames atomic.Int64
@@ -118,7 +119,7 @@ func (c *Client) greet(ctx context.Context, nc net.Conn, slot int) (*link, error
 	}
 	pr := &patientReader{conn: tc}
 	l := &link{c: c, slot: slot, nc: nc, tc: tc, pr: pr, br: newFrameReader(pr),
-		wake: make(chan struct{}, 1), done: make(chan struct{}),
+		wake: make(chan struct{}, 1), room: make(chan struct{}, 1), done: make(chan struct{}),
 		partial: map[partialKey]*partial{}, ready: map[*Remote]bool{}}
 	if _, err := tc.Write(appendHello(nil, h)); err != nil {
 		return nil, err
@@ -228,6 +229,11 @@ func (l *link) run(again bool) error {
 	for _, r := range c.remotes {
 		l.open(r)
 	}
+	if l.slot == tellSlot {
+		for _, so := range c.sites {
+			l.tell(so)
+		}
+	}
 	c.mu.Unlock()
 	var wg sync.WaitGroup
 	wg.Go(l.send)
@@ -317,6 +323,10 @@ func (l *link) send() {
 		}
 		buf, l.out = l.out, buf[:0]
 		l.tail = tail{}
+		select {
+		case l.room <- struct{}{}:
+		default:
+		}
 		if l.pongDue {
 			l.pongDue = false
 			buf = appendFrame(buf, header{typ: tPong}, binary.BigEndian.AppendUint64(nil, l.pong))
@@ -367,6 +377,10 @@ func (l *link) read() error {
 			err = l.more(h, p)
 		case tZeros:
 			err = l.zeros(h, p)
+		case tSame:
+			err = l.same(h, p)
+		case tHeard:
+			l.heard(h)
 		case tPing, tPong:
 			if len(p) != 8 {
 				return protocol("a ping of %d bytes", len(p))
@@ -471,6 +485,14 @@ func (l *link) zeros(h header, p []byte) error {
 	if err != nil {
 		return err
 	}
+	if h.req == 0 {
+		l.told(h, func(a Announced) {
+			for _, r := range runs {
+				a.Zeros(r.first, r.n)
+			}
+		}, runs)
+		return nil
+	}
 	for _, r := range runs {
 		for i := r.first; i < r.first+r.n; i++ {
 			if err := l.arrived(h, i, chunk.Packed{Codec: chunk.Zeros, Plain: v.length(i)}, nil); err != nil {
@@ -479,6 +501,53 @@ func (l *link) zeros(h header, p []byte) error {
 		}
 	}
 	return nil
+}
+
+// same takes signatures: the answer to a request, or unasked.
+func (l *link) same(h header, p []byte) error {
+	v, ok := l.c.known(h)
+	if !ok {
+		return nil // closed meanwhile
+	}
+	first, sigs, err := parseSame(p, v.chunks())
+	if err != nil {
+		return err
+	}
+	n := int64(len(sigs)) / chunk.SigLen
+	if h.req == 0 {
+		l.told(h, func(a Announced) {
+			for i := range n {
+				a.Same(first+i, chunk.Sig(sigs[i*chunk.SigLen:]))
+			}
+		}, []run{{first, n}})
+		return nil
+	}
+	for i := range n {
+		q := chunk.Packed{Sig: chunk.Sig(sigs[i*chunk.SigLen:]), Codec: chunk.Known, Plain: v.length(first + i)}
+		if err := l.arrived(h, first+i, q, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// told hands on what the server said unasked.
+func (l *link) told(h header, f func(Announced), runs []run) {
+	c := l.c
+	c.mu.Lock()
+	r := c.remotes[h.volume]
+	if r == nil || !l.ready[r] || r.announced == nil || r.closing {
+		c.mu.Unlock()
+		return
+	}
+	for _, x := range runs {
+		c.stats.Announced += x.n
+	}
+	a := r.announced
+	r.calls.Add(1)
+	c.mu.Unlock()
+	defer r.calls.Done()
+	f(a)
 }
 
 // failed takes an ERROR: of an OPEN, an EXTENTS, some chunks, or the connection.

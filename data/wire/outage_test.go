@@ -199,7 +199,7 @@ func TestAnotherDisk(t *testing.T) {
 				}
 				w.stop()
 				swapped := newSource(other.size, 24, other.id)
-				f := func(string) (block.Device, int, error) { return swapped, 64 * kib, nil }
+				f := func(string) (Served, error) { return Served{Device: swapped, ChunkBytes: 64 * kib}, nil }
 				w.lookup.Store(&f)
 				done := make(chan error)
 				go func() { done <- r.ReadAt(w.ctx, make([]byte, 4096), 1<<20, 0) }()
@@ -234,8 +234,8 @@ func TestVolumeComesLater(t *testing.T) {
 		c, r := w.start()
 		defer c.Close()
 		w.stop()
-		f := func(v string) (block.Device, int, error) {
-			return nil, 0, &block.Error{Op: "test.lookup", Object: v, Kind: block.KindNotFound}
+		f := func(v string) (Served, error) {
+			return Served{}, &block.Error{Op: "test.lookup", Object: v, Kind: block.KindNotFound}
 		}
 		w.lookup.Store(&f)
 		w.serve()

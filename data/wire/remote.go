@@ -30,6 +30,17 @@ type Remote struct {
 	wanted  map[int64]*entry
 	retry   map[*link]time.Time // when a refused OPEN may be sent again
 	closing bool
+	site    *siteOf // nil: nothing is answered by signature
+	// announced takes what the backend says unasked; nil: it is not to.
+	announced Announced
+}
+
+// Announced takes what a backend says of a volume unasked: which chunks hold
+// what the volume's Site holds, or zeros. It is called from the goroutine that
+// receives, and must not call the Remote.
+type Announced interface {
+	Same(i int64, sig chunk.Sig)
+	Zeros(first, n int64)
 }
 
 var _ block.Device = (*Remote)(nil)
@@ -40,9 +51,16 @@ type opening struct {
 	on *link
 }
 
-// Open opens a volume. It waits for the link if need be; what the backend
-// answers first decides: KindNotFound, KindDenied and the like are returned.
+// Open opens a volume whose chunks are all answered with their bytes. It waits
+// for the link if need be; what the backend answers first decides: KindNotFound,
+// KindDenied and the like are returned.
 func (c *Client) Open(ctx context.Context, volume string) (*Remote, error) {
+	return c.OpenFor(ctx, volume, nil)
+}
+
+// OpenFor is Open for a volume whose chunks go to site: what that holds is
+// answered by signature. A session has at most 255 sites (KindBusy).
+func (c *Client) OpenFor(ctx context.Context, volume string, site *Site) (*Remote, error) {
 	if volume == "" || len(volume) > maxName {
 		return nil, &block.Error{Op: "wire.open", Object: volume, Kind: block.KindInvalid, Err: fmt.Errorf("a volume's name has 1 to %d bytes", maxName)}
 	}
@@ -56,6 +74,14 @@ func (c *Client) Open(ctx context.Context, volume string) (*Remote, error) {
 	case len(c.remotes) >= maxVolumes:
 		c.mu.Unlock()
 		return nil, &block.Error{Op: "wire.open", Object: volume, Kind: block.KindBusy, Err: fmt.Errorf("%d volumes are open in this session", maxVolumes)}
+	}
+	if site != nil {
+		so, err := c.register(site)
+		if err != nil {
+			c.mu.Unlock()
+			return nil, err
+		}
+		r.site = so
 	}
 	for {
 		if c.nextHandle++; c.nextHandle != 0 && c.remotes[c.nextHandle] == nil {
@@ -101,7 +127,25 @@ func (l *link) open(r *Remote) {
 	}
 	id := c.request()
 	c.opens[id] = opening{r, l}
-	l.say(header{typ: tOpen, volume: r.handle, req: id}, []byte(r.name))
+	o := openOrder{name: r.name}
+	if r.site != nil {
+		o.site, o.key = r.site.number, r.site.site.key
+	}
+	l.say(header{typ: tOpen, volume: r.handle, req: id}, appendOpen(nil, o))
+}
+
+// Announce has the backend tell a, unasked, which chunks of the volume hold
+// what its Site holds. It does nothing for a volume without one.
+func (r *Remote) Announce(a Announced) {
+	r.c.mu.Lock()
+	defer r.c.mu.Unlock()
+	if r.site == nil {
+		return
+	}
+	r.announced = a
+	if l := r.c.slots[tellSlot]; l != nil && l.ready[r] {
+		l.say(header{typ: tTell, volume: r.handle}, nil)
+	}
 }
 
 // volume takes the answer to an OPEN.
@@ -154,6 +198,9 @@ func (l *link) volume(h header, p []byte) error {
 		return nil
 	}
 	l.ready[r] = true
+	if l.slot == tellSlot && r.announced != nil {
+		l.say(header{typ: tTell, volume: r.handle}, nil)
+	}
 	c.pump()
 	c.mu.Unlock()
 	return nil
@@ -262,7 +309,7 @@ func (r *Remote) ReadAt(ctx context.Context, p []byte, off int64, f block.Flags)
 	}
 	var mu sync.Mutex
 	var corrupt error
-	err := r.Fetch(ctx, idx, f&(block.Soon|3), func(i int64, q chunk.Packed, err error) {
+	err := r.Fetch(ctx, idx, f&(block.Soon|3)|block.Full, func(i int64, q chunk.Packed, err error) {
 		if err != nil {
 			return
 		}

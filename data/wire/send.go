@@ -58,6 +58,9 @@ func (c *sconn) send() {
 				off = 0
 			}
 		}
+		if cur == nil && c.hints != nil && !leaving && s.yield(c) == 0 {
+			buf = c.takeHints(buf)
+		}
 		more := len(c.out) > 0 && wait == 0 && !leaving
 		s.mu.Unlock()
 
@@ -128,7 +131,11 @@ func (s *Server) yield(c *sconn) time.Duration {
 // put into buf at once, as runs. Server.mu is held.
 func (c *sconn) next(sent []*job, buf []byte) (*job, []*job, []byte) {
 	j := c.out[0]
-	if j.packed.Codec != chunk.Zeros {
+	switch j.packed.Codec {
+	case chunk.Zeros:
+	case chunk.Known:
+		return c.nextSame(sent, buf)
+	default:
 		c.pop()
 		return j, sent, buf
 	}
@@ -152,6 +159,28 @@ func (c *sconn) next(sent []*job, buf []byte) (*job, []*job, []byte) {
 	}
 	buf = appendRun(buf, r)
 	binary.BigEndian.PutUint32(buf[at:], uint32(len(buf)-body))
+	return nil, sent, buf
+}
+
+// nextSame puts the chunk that goes next, which is answered by its signature,
+// into buf, with those that follow it.
+func (c *sconn) nextSame(sent []*job, buf []byte) (*job, []*job, []byte) {
+	first := c.out[0]
+	at := len(buf)
+	buf = appendHeader(buf, header{typ: tSame, volume: first.vol.handle, req: first.key.req})
+	buf = binary.BigEndian.AppendUint64(buf, uint64(first.key.index))
+	n := 0
+	for ; len(c.out) > 0 && n < sigsPerFrame; n++ {
+		j := c.out[0]
+		if j.packed.Codec != chunk.Known || j.key.req != first.key.req || j.vol != first.vol || j.key.index != first.key.index+int64(n) {
+			break
+		}
+		buf = append(buf, j.packed.Sig[:]...)
+		c.pop()
+		sent = append(sent, j)
+	}
+	c.s.stats.SameChunks += int64(n)
+	binary.BigEndian.PutUint32(buf[at:], uint32(8+n*chunk.SigLen))
 	return nil, sent, buf
 }
 
@@ -199,6 +228,9 @@ func (s *Server) finish(jobs []*job, ok bool) {
 			}
 			s.stats.ChunksSent++
 			s.stats.PlainBytes += int64(j.packed.Plain)
+			if t := j.sess.told[j.vol.handle]; t != nil {
+				t.set(j.key.index)
+			}
 			s.forget(j)
 		}
 		j.bytes.release()

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"forerun/block"
@@ -27,10 +28,10 @@ type ServerOptions struct {
 	Log *slog.Logger // changes of state; none if nil
 	// Node is this backend's name, told to clients.
 	Node string
-	// Lookup finds the device and chunk size in bytes of a volume. It is called
-	// at each OPEN, also again after a reconnect. The device stays the
-	// caller's and must not be closed while the server runs.
-	Lookup func(volume string) (block.Device, int, error)
+	// Lookup finds a volume. It is called at each OPEN, also again after a
+	// reconnect. What it returns stays the caller's; the device must not be
+	// closed while the server runs.
+	Lookup func(volume string) (Served, error)
 	// Authorize says whether a peer, known by its certificate's role and name,
 	// may open a volume; nil allows all peers TLS lets in.
 	Authorize func(role, name, volume string) error
@@ -56,12 +57,40 @@ type ServerOptions struct {
 	MaxPending int
 	// MaxSessions is the number of sessions at a time, default 256.
 	MaxSessions int
-	Socket      SocketOptions
+	// MaxHeld is how many chunks of a client's site are kept in mind, default
+	// 32 Mi at 10 to 22 bytes each. What is beyond is sent as data.
+	MaxHeld int
+	Socket  SocketOptions
 	// Also are other protocols on the same port, by their names in the TLS
 	// handshake: a connection of theirs is handed over after it, with role and
 	// name of the client's certificate, and closed when the function returns.
 	// That has to be soon after ctx has ended.
 	Also map[string]func(ctx context.Context, nc net.Conn, role, name string)
+}
+
+// Served is a volume as a Server serves it.
+type Served struct {
+	Device     block.Device
+	ChunkBytes int // a power of two from chunk.MinSize to chunk.MaxSize
+	// Signatures remembers what chunks hold; nil remembers nothing.
+	Signatures Signatures
+}
+
+// Signatures remembers the SHA-256 of chunks, so that what is known needs
+// neither be read nor hashed again. It may forget at any time, and must
+// when a chunk changes. It may be called from many goroutines.
+type Signatures interface {
+	// Get returns what chunk i holds: zeros only, or bytes of that SHA-256;
+	// not ok when it is not known.
+	Get(i int64) (sig chunk.Sig, zero, ok bool)
+	// Token is taken before chunk i is read, for Learn.
+	Token(i int64) uint64
+	// Learn remembers what was read of chunk i, unless it changed since the token was taken.
+	Learn(i int64, token uint64, sig chunk.Sig, zero bool)
+	// Wait returns when more is known than was when it last returned seen, 0
+	// for never, with a new value for seen. Its callers want to know of chunks
+	// that nobody reads: it is the sign to read ahead of them.
+	Wait(ctx context.Context, seen uint64) (now uint64, err error)
 }
 
 // Server serves volumes to clients. Make it with NewServer.
@@ -73,6 +102,7 @@ type Server struct {
 	seals   chan struct{} // one token per background chunk being sealed
 	started time.Time
 	traffic traffic
+	hashed  atomic.Int64 // bytes
 
 	mu         sync.Mutex
 	q          queue
@@ -119,6 +149,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 	def(&o.Handshake, 5*time.Second)
 	def(&o.MaxPending, 64)
 	def(&o.MaxSessions, 256)
+	def(&o.MaxHeld, 32<<20)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -280,7 +311,7 @@ func (s *Server) hello(ctx context.Context, wg *sync.WaitGroup, nc net.Conn, tc 
 		return nil, err
 	}
 	c := &sconn{s: s, ctx: ctx, wg: wg, nc: nc, tc: tc, pr: pr, br: br, role: h.role, index: h.index, node: h.node,
-		volumes: map[uint16]*servedVolume{}, wake: make(chan struct{}, 1), done: make(chan struct{})}
+		volumes: map[uint16]*servedVolume{}, wake: make(chan struct{}, 1), done: make(chan struct{}), hinted: make(chan struct{}, 1)}
 	c.own.of = c
 	c.peerRole, c.peerName = pki.PeerIdentity(cs)
 	refuse := func(err error) (*sconn, error) {
@@ -338,7 +369,8 @@ func (s *Server) attach(c *sconn, id sessionID) error {
 }
 
 func (s *Server) newSession(id sessionID, c *sconn) *session {
-	ss := &session{id: id, role: c.peerRole, name: c.peerName, jobs: map[jobKey]*job{}, early: map[jobKey]time.Time{}}
+	ss := &session{id: id, role: c.peerRole, name: c.peerName, jobs: map[jobKey]*job{}, early: map[jobKey]time.Time{},
+		held: map[uint8]*view{}, told: map[uint16]told{}}
 	s.sessions[id] = ss
 	return ss
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"forerun/block"
+	"forerun/internal/chunk"
 )
 
 // session is what the connections of one client share. It ends with its last
@@ -26,6 +27,8 @@ type session struct {
 	// early remembers promotions that overtook the FETCH they are about, for a
 	// short while: the two travel on different connections.
 	early map[jobKey]time.Time
+	held  map[uint8]*view // by the number of a dedup domain
+	told  map[uint16]told // by the handle of a volume
 }
 
 const (
@@ -50,7 +53,8 @@ type sconn struct {
 	wake               chan struct{} // the sender has something to look at
 	done               chan struct{}
 	rtt                rtt
-	runs               []run // the reader's
+	runs               []run  // the reader's
+	marked             []mark // the reader's
 
 	// Under Server.mu.
 	sess        *session
@@ -61,7 +65,10 @@ type sconn struct {
 	outstanding int // jobs asked for on this connection
 	inflight    int // plain bytes between queue and socket that go out here
 	out         []*job
-	ctrl        []byte // whole frames that go before data
+	ctrl        []byte        // whole frames that go before data
+	hints       []byte        // a whole frame that goes before the next chunk, nil: room for one
+	hinted      chan struct{} // hints was taken
+	carried     carried
 	pongDue     bool
 	pong        uint64
 	lastData    time.Time // when data was last sent, for the floor
@@ -71,9 +78,14 @@ type sconn struct {
 
 type servedVolume struct {
 	volumeInfo
-	dev    block.Device
-	name   string
-	handle uint16
+	dev     block.Device
+	sigs    Signatures // nil: nothing is remembered
+	name    string
+	handle  uint16
+	site    uint8 // dedup domain, 0 for none
+	key     chunk.Key
+	view    *view // of the site, nil for domain 0
+	telling bool  // the client is told of what it holds, under Server.mu
 }
 
 func (c *sconn) slot() int {
@@ -153,6 +165,7 @@ func (c *sconn) read() error {
 		case tClose:
 			c.s.mu.Lock()
 			delete(c.volumes, h.volume)
+			delete(c.sess.told, h.volume)
 			c.s.mu.Unlock()
 		case tFetch:
 			err = c.fetch(h, p)
@@ -162,6 +175,10 @@ func (c *sconn) read() error {
 			err = c.cancel(h, p)
 		case tExtents:
 			err = c.extents(h, p)
+		case tHave, tGone:
+			err = c.marks(h, p)
+		case tTell:
+			err = c.tell(h)
 		case tBye:
 			return io.EOF
 		case tError:
@@ -234,9 +251,12 @@ func (c *sconn) fail(h header, err error) {
 }
 
 func (c *sconn) open(h header, p []byte) error {
-	name := string(p)
-	if len(p) == 0 || len(p) > maxName || h.volume == 0 {
-		return protocol("open of a name of %d bytes as volume %d", len(p), h.volume)
+	o, err := parseOpen(p)
+	if err != nil {
+		return err
+	}
+	if h.volume == 0 {
+		return protocol("open of volume %q without a handle", o.name)
 	}
 	c.s.mu.Lock()
 	full := len(c.volumes)+c.opening >= maxVolumes
@@ -248,10 +268,11 @@ func (c *sconn) open(h header, p []byte) error {
 		return protocol("more than %d volumes open on one connection", maxVolumes)
 	}
 	return c.aside(func() {
-		v, err := c.lookup(name, h.volume)
+		v, err := c.lookup(o, h.volume)
 		c.s.mu.Lock()
 		c.opening--
 		if err == nil {
+			v.view = c.sess.view(v.site)
 			c.volumes[h.volume] = v
 		}
 		c.s.mu.Unlock()
@@ -263,18 +284,20 @@ func (c *sconn) open(h header, p []byte) error {
 	})
 }
 
-func (c *sconn) lookup(name string, handle uint16) (*servedVolume, error) {
+func (c *sconn) lookup(o openOrder, handle uint16) (*servedVolume, error) {
+	name := printable([]byte(o.name))
 	if a := c.s.o.Authorize; a != nil {
-		if err := a(c.peerRole, c.peerName, name); err != nil {
+		if err := a(c.peerRole, c.peerName, o.name); err != nil {
 			c.s.log.Warn("volume refused", "volume", name, "node", c.peerName, "role", c.peerRole, "err", err)
 			return nil, block.E("wire.open", name, block.KindDenied, err)
 		}
 	}
-	dev, size, err := c.s.o.Lookup(name)
+	found, err := c.s.o.Lookup(o.name)
 	if err != nil {
 		return nil, block.E("wire.open", name, 0, err)
 	}
-	v := &servedVolume{volumeInfo: volumeInfo{info: dev.Info(), chunk: size}, dev: dev, name: name, handle: handle}
+	v := &servedVolume{volumeInfo: volumeInfo{info: found.Device.Info(), chunk: found.ChunkBytes}, dev: found.Device,
+		sigs: found.Signatures, name: name, handle: handle, site: o.site, key: o.key}
 	if err := checkVolume(v.volumeInfo); err != nil {
 		return nil, &block.Error{Op: "wire.open", Object: name, Kind: block.KindUnsupported, Err: err}
 	}

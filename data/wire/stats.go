@@ -24,6 +24,8 @@ type ClientStats struct {
 	PlainBytes               int64 // what these chunks hold
 	ChunksDelivered          int64
 	ZeroChunks               int64 // delivered without bytes
+	SameChunks               int64 // delivered as a signature alone
+	Announced                int64 // chunks the server told of unasked
 	DuplicateChunks          int64 // arrived, but were not wanted any more
 	Promoted, Canceled       int64 // chunks
 	DemandOutstanding        int   // chunks asked for and not delivered
@@ -44,6 +46,10 @@ type ServerStats struct {
 	Promoted, Canceled       int64
 	ChunksSent               int64
 	ZeroChunks               int64
+	SameChunks               int64 // answered by their signature alone
+	Announced                int64 // chunks that clients were told of unasked
+	Remembered               int64 // chunks answered without reading the source
+	HashedBytes              int64 // plain bytes that a signature was computed of
 	PlainBytes               int64 // what the chunks sent hold
 	DemandBytes              int64 // their packed bytes, by connection
 	BackgroundBytes          int64
@@ -66,6 +72,7 @@ func (s *Server) Stats() ServerStats {
 	st.Queued = s.q.n
 	st.DemandReads, st.BackgroundReads = s.running[0], s.running[1]
 	st.SentBytes, st.ReceivedBytes = s.traffic.sent.Load(), s.traffic.received.Load()
+	st.HashedBytes = s.hashed.Load()
 	return st
 }
 

@@ -33,7 +33,7 @@ func TestDeviceContract(t *testing.T) {
 	dir := certificates(t)
 	blocktest.Test(t, func(t *testing.T) block.Device {
 		s := must(NewServer(ServerOptions{TLS: must(pki.ServerTLS(dir, "b1")),
-			Lookup: func(string) (block.Device, int, error) { return src, 64 * kib, nil }}))
+			Lookup: func(string) (Served, error) { return Served{Device: src, ChunkBytes: 64 * kib}, nil }}))
 		ln := must(net.Listen("tcp", "127.0.0.1:0"))
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan struct{})

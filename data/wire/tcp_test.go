@@ -27,7 +27,7 @@ func overTCP(t testing.TB, src *source, so ServerOptions, f func(c *Client, r *R
 		}
 	}
 	so.TLS = must(pki.ServerTLS(dir, "b1", pki.RoleFrontend))
-	so.Lookup = func(string) (block.Device, int, error) { return src, 64 * kib, nil }
+	so.Lookup = func(string) (Served, error) { return Served{Device: src, ChunkBytes: 64 * kib}, nil }
 	s := must(NewServer(so))
 	ln := must(net.Listen("tcp", "127.0.0.1:0"))
 	ctx, cancel := context.WithCancel(context.Background())

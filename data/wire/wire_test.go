@@ -520,7 +520,7 @@ func TestLookupErrorKeepsItsKind(t *testing.T) {
 	src := newSource(1<<20, 15, "")
 	inWorld(t, line, src, func(w *world) {
 		w.serve()
-		f := func(string) (block.Device, int, error) { return nil, 0, fs.ErrPermission }
+		f := func(string) (Served, error) { return Served{}, fs.ErrPermission }
 		w.lookup.Store(&f)
 		c := w.dial()
 		defer c.Close()
@@ -536,7 +536,7 @@ func TestManyVolumesAndSizes(t *testing.T) {
 		inWorld(t, line, src, func(w *world) {
 			w.chunk = size
 			w.serve()
-			f := func(string) (block.Device, int, error) { return src, size, nil }
+			f := func(string) (Served, error) { return Served{Device: src, ChunkBytes: size}, nil }
 			w.lookup.Store(&f)
 			c := w.dial()
 			defer c.Close()

@@ -24,7 +24,9 @@ type job struct {
 	flags  block.Flags
 	state  jobState
 	packed chunk.Packed
-	bytes  *lease // that packed.Data lies in
+	bytes  *lease     // that packed.Data lies in
+	sum    *chunk.Sig // of the plain bytes, if it was known before they were read
+	token  uint64     // of Signatures
 }
 
 type jobKey struct {
@@ -229,8 +231,51 @@ func (s *Server) dispatch() {
 	}
 }
 
-// work reads a run of chunks and seals each.
+// work answers a run of chunks: from memory those whose content the client
+// has, and the others by reading and sealing them.
 func (s *Server) work(c *sconn, batch []*job, class int) {
+	for len(batch) > 0 {
+		n := 0
+		for n < len(batch) && !s.remembered(batch[n]) {
+			n++
+		}
+		if n > 0 {
+			s.read(c, batch[:n], class)
+		}
+		batch = batch[min(n+1, len(batch)):]
+	}
+}
+
+// remembered answers a chunk without reading it, if that can be.
+func (s *Server) remembered(j *job) bool {
+	v := j.vol
+	if v.sigs == nil {
+		return false
+	}
+	j.token = v.sigs.Token(j.key.index)
+	if j.flags.Has(block.Full) {
+		return false
+	}
+	sum, zero, ok := v.sigs.Get(j.key.index)
+	if !ok {
+		return false
+	}
+	p := chunk.Packed{Codec: chunk.Zeros, Plain: j.plain()}
+	if !zero {
+		j.sum = &sum
+		if p.Codec, p.Sig = chunk.Known, v.key.Of(sum); !v.view.has(markOf(&p.Sig)) {
+			return false
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stats.Remembered++
+	s.ready(j, p, nil)
+	return true
+}
+
+// read reads a run of chunks and seals each.
+func (s *Server) read(c *sconn, batch []*job, class int) {
 	v, first := batch[0].vol, batch[0].key.index
 	total := 0
 	for _, j := range batch {
@@ -267,26 +312,69 @@ func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
 	}
 	// Incompressible chunks are not probed for: zstd's fastest level gives up on
 	// them after a quarter of the time their signature takes.
-	out := s.leases.get(len(plain))
-	p := chunk.Seal(out.b, plain, s.o.Codec)
-	switch p.Codec {
-	case chunk.Zeros:
-		out.release()
-		out = nil
-	case chunk.Raw:
-		out.release()
-		buf.retain()
-		out = buf
+	p := s.sign(j, plain)
+	var out *lease
+	if p.Codec == chunk.Raw {
+		out = s.leases.get(len(plain))
+		if p = chunk.Pack(out.b, plain, p.Sig, s.o.Codec); p.Codec == chunk.Raw {
+			out.release()
+			buf.retain()
+			out = buf
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.ready(j, p, out)
+}
+
+// sign finds out what plain holds: zeros, a chunk that the client has, or one
+// to be packed (Raw).
+func (s *Server) sign(j *job, plain []byte) chunk.Packed {
+	v, i := j.vol, j.key.index
+	p := chunk.Packed{Codec: chunk.Raw, Plain: len(plain)}
+	if chunk.AllZero(plain) {
+		p.Codec = chunk.Zeros
+		if v.sigs != nil {
+			v.sigs.Learn(i, j.token, chunk.Sig{}, true)
+		}
+		return p
+	}
+	if j.sum == nil {
+		sum := chunk.Sum(plain)
+		j.sum = &sum
+		s.hashed.Add(int64(len(plain)))
+		if v.sigs != nil {
+			v.sigs.Learn(i, j.token, sum, false)
+		}
+	}
+	p.Sig = v.key.Of(*j.sum)
+	if !j.flags.Has(block.Full) && v.view.has(markOf(&p.Sig)) {
+		p.Codec = chunk.Known
+	}
+	return p
+}
+
+// ready puts a sealed chunk where its connection's sender takes it, bytes with
+// it. Server.mu is held.
+func (s *Server) ready(j *job, p chunk.Packed, bytes *lease) {
 	if j.state != running {
-		out.release()
+		bytes.release()
 		return
 	}
-	j.state, j.packed, j.bytes = ready, p, out
-	j.target.out = append(j.target.out, j)
-	j.target.poke()
+	to := j.target
+	if j.vol.view != nil && p.Codec != chunk.Zeros && p.Codec != chunk.Known {
+		// What stands before it in the same connection is there before it.
+		switch m := markOf(&p.Sig); {
+		case to.carried.has(m) && !j.flags.Has(block.Full):
+			bytes.release()
+			p, bytes = chunk.Packed{Codec: chunk.Known, Sig: p.Sig, Plain: p.Plain}, nil
+		default:
+			to.carried.add(m)
+		}
+	}
+	j.state, j.packed, j.bytes = ready, p, bytes
+	to.out = append(to.out, j)
+	to.poke()
 }
 
 func (s *Server) unreadable(j *job, err error) {

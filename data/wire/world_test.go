@@ -127,7 +127,7 @@ type world struct {
 	server *Server
 	stop   func()
 	client ClientOptions
-	lookup atomic.Pointer[func(string) (block.Device, int, error)]
+	lookup atomic.Pointer[func(string) (Served, error)]
 }
 
 func logger(t *testing.T) *slog.Logger {
@@ -168,14 +168,14 @@ func inWorld(t *testing.T, l wan.Link, src *source, f func(w *world)) {
 		dir := certificates(t)
 		w := &world{t: t, ctx: t.Context(), wan: wan.New(l), src: src, chunk: int(src.unit), dir: dir}
 		w.opts = ServerOptions{TLS: must(pki.ServerTLS(dir, "b1", pki.RoleFrontend)), Log: logger(t), Node: "b1",
-			Lookup: func(v string) (block.Device, int, error) {
+			Lookup: func(v string) (Served, error) {
 				if g := w.lookup.Load(); g != nil {
 					return (*g)(v)
 				}
 				if v != "disk" {
-					return nil, 0, &block.Error{Op: "test.lookup", Object: v, Kind: block.KindNotFound}
+					return Served{}, &block.Error{Op: "test.lookup", Object: v, Kind: block.KindNotFound}
 				}
-				return src, w.chunk, nil
+				return Served{Device: src, ChunkBytes: w.chunk}, nil
 			}}
 		w.client = ClientOptions{Addr: "backend:1", TLS: must(pki.ClientTLS(dir, "f1", pki.RoleBackend)), Node: "f1", Log: logger(t),
 			Dial: w.wan.DialContext}

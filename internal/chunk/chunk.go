@@ -131,7 +131,12 @@ func Seal(buf, plain []byte, codec Codec) Packed {
 	if AllZero(plain) {
 		return Packed{Codec: Zeros, Plain: len(plain)}
 	}
-	p := Packed{Sig: Sum(plain), Codec: Raw, Plain: len(plain), Data: plain}
+	return Pack(buf, plain, Sum(plain), codec)
+}
+
+// Pack is Seal for plain bytes that are not all zero and whose signature is known.
+func Pack(buf, plain []byte, sig Sig, codec Codec) Packed {
+	p := Packed{Sig: sig, Codec: Raw, Plain: len(plain), Data: plain}
 	var out []byte
 	switch codec {
 	case Zstd:
