@@ -77,6 +77,7 @@ type Scheduler struct {
 	joined    atomic.Int64
 	raised    atomic.Int64
 	corrupt   atomic.Int64
+	repaired  atomic.Int64
 	fetches   atomic.Int64
 }
 
@@ -84,6 +85,7 @@ type Scheduler struct {
 type flight struct {
 	calls []*call
 	tries int
+	full  bool // its bytes are needed, a signature has not helped
 }
 
 // call is one Fetch. Its fields are guarded by Scheduler.mu until done is closed.
@@ -95,7 +97,8 @@ type call struct {
 
 // New returns a scheduler over link. sink takes each chunk that arrives; it
 // runs on the link's goroutine, and its error is that of whoever waits for the
-// chunk, but KindCorrupt has the chunk asked for again.
+// chunk, but KindCorrupt has the chunk asked for again, and so has KindNotFound,
+// which means that a signature alone was not enough; then with block.Full.
 func New(link Link, sink func(i int64, p chunk.Packed) error, o Options) *Scheduler {
 	def := func(v *int, d int) {
 		if *v <= 0 {
@@ -285,10 +288,16 @@ func (s *Scheduler) send(now time.Time, batch []int64, r rank) {
 		charge = int64(s.avg)
 		s.rate.take(now, charge*int64(len(batch)))
 	}
-	s.group.Go(func() { s.request(now, batch, r, bg, charge) })
+	f := r.flags()
+	for _, i := range batch {
+		if fl := s.flights[i]; fl != nil && fl.full {
+			f |= block.Full
+		}
+	}
+	s.group.Go(func() { s.request(now, batch, r, f, bg, charge) })
 }
 
-func (s *Scheduler) request(began time.Time, batch []int64, r rank, bg bool, charge int64) {
+func (s *Scheduler) request(began time.Time, batch []int64, r rank, f block.Flags, bg bool, charge int64) {
 	left := make(map[int64]bool, len(batch))
 	for _, i := range batch {
 		left[i] = true
@@ -296,7 +305,7 @@ func (s *Scheduler) request(began time.Time, batch []int64, r rank, bg bool, cha
 	var mu sync.Mutex // deliver may be called from two connections after a Promote
 	var first time.Duration
 	var bytes int64
-	err := s.link.Fetch(s.ctx, batch, r.flags(), func(i int64, p chunk.Packed, err error) {
+	err := s.link.Fetch(s.ctx, batch, f, func(i int64, p chunk.Packed, err error) {
 		mu.Lock()
 		known := left[i]
 		delete(left, i)
@@ -345,10 +354,15 @@ func (s *Scheduler) arrived(i int64, p chunk.Packed, wire, charge int64, err err
 	} else {
 		s.lastDemand = now
 	}
-	if block.KindOf(err) == block.KindCorrupt {
-		s.corrupt.Add(1)
+	if k := block.KindOf(err); k == block.KindCorrupt || k == block.KindNotFound && p.Sig != (chunk.Sig{}) {
+		if k == block.KindCorrupt {
+			s.corrupt.Add(1)
+		} else {
+			s.repaired.Add(1)
+		}
 		if fl := s.flights[i]; fl != nil && fl.tries+1 < attempts && !s.closed {
 			fl.tries++
+			fl.full = true
 			flags := s.q.items[i].rank.flags()
 			s.q.Done(i)
 			s.q.Add(i, flags)

@@ -25,10 +25,14 @@ type line struct {
 	asked map[int64]int
 	sent  int64
 	prom  []int64
+
+	signed chunk.Sig      // of what is delivered
+	full   map[int64]bool // asked for with Full
+	demand int            // requests in that class, with Full
 }
 
 func newLine(rtt time.Duration, rate float64, size int) *line {
-	return &line{rtt: rtt, rate: rate, size: size, asked: map[int64]int{}}
+	return &line{rtt: rtt, rate: rate, size: size, asked: map[int64]int{}, full: map[int64]bool{}}
 }
 
 func (l *line) Fetch(ctx context.Context, idx []int64, f block.Flags, deliver func(int64, chunk.Packed, error)) error {
@@ -41,6 +45,12 @@ func (l *line) Fetch(ctx context.Context, idx []int64, f block.Flags, deliver fu
 	tries := make([]int, len(idx))
 	for k, i := range idx {
 		l.asked[i]++
+		if f.Has(block.Full) {
+			l.full[i] = true
+			if f.Class() == block.Demand {
+				l.demand++
+			}
+		}
 		tries[k] = l.asked[i]
 		l.free = l.free.Add(time.Duration(float64(l.size) / l.rate * float64(time.Second)))
 		at[k] = l.free.Add(l.rtt / 2)
@@ -59,7 +69,7 @@ func (l *line) Fetch(ctx context.Context, idx []int64, f block.Flags, deliver fu
 		if l.fail != nil {
 			err = l.fail(i, tries[k])
 		}
-		deliver(i, chunk.Packed{Plain: 64 << 10, Data: make([]byte, l.size)}, err)
+		deliver(i, chunk.Packed{Sig: l.signed, Plain: 64 << 10, Data: make([]byte, l.size)}, err)
 	}
 	return nil
 }
@@ -317,4 +327,40 @@ func TestQueueOfTheFillDoesNotCreep(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestASignatureThatDoesNotHelp: what came as a signature of a chunk that is
+// not here is asked for again with its bytes, in its class, once.
+func TestASignatureThatDoesNotHelp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLine(10*time.Millisecond, 12.5e6, 20<<10)
+		l.signed = chunk.Sig{1}
+		var mu sync.Mutex
+		sunk := map[int64]int{}
+		s := New(l, func(i int64, p chunk.Packed) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if sunk[i]++; i%3 == 0 && sunk[i] == 1 {
+				return block.E("volume.deliver", "", block.KindNotFound, nil)
+			}
+			return nil
+		}, Options{})
+		defer s.Close()
+		for _, f := range []block.Flags{block.Demand, block.Background} {
+			if err := s.Fetch(context.Background(), run(int64(f)*100, 30), f); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i, n := range sunk {
+			if want := 1 + (1 - min(i%3, 1)); int64(n) != want {
+				t.Errorf("chunk %d came %d times, want %d", i, n, want)
+			}
+			if l.full[i] != (i%3 == 0) {
+				t.Errorf("chunk %d was asked for with its bytes: %v", i, l.full[i])
+			}
+		}
+		if st := s.Stats(); st.Repaired != 20 || st.Corrupt != 0 || l.demand == 0 {
+			t.Errorf("%+v", st)
+		}
+	})
 }

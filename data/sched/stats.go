@@ -19,6 +19,7 @@ type Stats struct {
 	Requests                             int64 // sent over the link
 	Delivered                            int64 // chunks
 	Joined, Raised, Corrupt              int64 // chunks
+	Repaired                             int64 // chunks that came as a signature of what is not here, and were asked for again
 	DemandBytes                          int64 // wire bytes of demand and write-back chunks
 	BackgroundBytes                      int64
 	DemandWaits                          int64 // Fetch calls of class demand that ended
@@ -46,6 +47,7 @@ func (s *Scheduler) Stats() Stats {
 		Joined:             s.joined.Load(),
 		Raised:             s.raised.Load(),
 		Corrupt:            s.corrupt.Load(),
+		Repaired:           s.repaired.Load(),
 		DemandBytes:        s.wire[block.Demand].Load() + s.wire[block.WriteBack].Load(),
 		BackgroundBytes:    s.wire[block.Background].Load(),
 		DemandWaits:        s.wait.Count(),

@@ -136,6 +136,7 @@ func steps(g *rig, m *model, r *rand.Rand, n int) (err error) {
 func (g *rig) after(t *testing.T, fs *disktest.FS, store *memStore, m *model) *rig {
 	t.Helper()
 	n := &rig{fs: fs, store: store, opt: g.opt, remote: &remote{content: g.remote.content, cb: g.remote.cb, codec: g.remote.codec}}
+	n.remote.bySig.Store(g.remote.bySig.Load())
 	if g.opt.Tier != nil {
 		n.opt.Tier = newMapTier(1, 2)
 	}
@@ -161,6 +162,7 @@ func TestCrashAtEverySync(t *testing.T) {
 		content := source(seed, size)
 		fs := twinFS(seed)
 		g := newRig(t, fs, content, cbytes)
+		g.remote.bySig.Store(seed%2 == 1)
 		must(t, g.v.Close())
 		g.opt.Tune.LogBytes = []int64{1 << 10, 8 << 10, 16 << 20, 4 << 10}[seed]
 		g.opt.Tier = newMapTier(seed, 2)

@@ -63,6 +63,13 @@ func (s *memStore) Get(sig chunk.Sig, dst []byte) error {
 	return nil
 }
 
+func (s *memStore) Has(sig chunk.Sig) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.all[sig]
+	return ok
+}
+
 func (s *memStore) Sync() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -152,6 +159,7 @@ type remote struct {
 	codec   chunk.Codec
 	down    atomic.Bool
 	lie     atomic.Bool   // deliver other bytes
+	bySig   atomic.Bool   // deliver signatures first, as a source that takes everything to be here
 	delay   time.Duration // of each fetch
 	hold    chan struct{} // fetches wait for it, when set
 
@@ -207,6 +215,12 @@ func (r *remote) Fetch(ctx context.Context, idx []int64, f block.Flags) error {
 
 func (r *remote) deliver(i int64) error {
 	p := chunk.Seal(nil, r.content[i*int64(r.cb):min((i+1)*int64(r.cb), int64(len(r.content)))], r.codec)
+	if r.bySig.Load() && p.Codec != chunk.Zeros {
+		err := r.v.Deliver(i, chunk.Packed{Sig: p.Sig, Codec: chunk.Known, Plain: p.Plain})
+		if block.KindOf(err) != block.KindNotFound {
+			return err
+		}
+	}
 	if r.lie.Load() && len(p.Data) > 0 {
 		p.Data = bytes.Clone(p.Data)
 		p.Data[0] ^= 0x55

@@ -23,6 +23,7 @@ func TestConcurrent(t *testing.T) {
 	t.Logf("seed %d", seed)
 	content := source(seed, size)
 	g := newRig(t, twinFS(seed), content, cbytes)
+	g.remote.bySig.Store(seed%2 == 1)
 	must(t, g.v.Close())
 	g.opt.Tune = Tuning{CommitEvery: 2 * time.Millisecond, LogBytes: 32 << 10}
 	g.opt.Tier = newMapTier(seed, 2)

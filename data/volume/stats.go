@@ -9,6 +9,7 @@ import (
 type counters struct {
 	reads, missed, ahead        atomic.Int64
 	delivered, refused          atomic.Int64
+	adopted, unknown            atomic.Int64
 	refetched, corrupt          atomic.Int64
 	commits, commitFailures     atomic.Int64
 	checkpoints                 atomic.Int64
@@ -34,6 +35,8 @@ type Stats struct {
 	DemandMissed int64 // those that had to ask the source
 	AheadChunks  int64 // chunks asked for by read-ahead
 	Delivered    int64 // chunks that came and matched their signature
+	Adopted      int64 // chunks that were held already, by content, when they were asked for or announced
+	Unknown      int64 // signatures of chunks that were not here; their bytes were asked for
 	Refused      int64 // chunks that came and could not be kept
 	Refetched    int64 // held chunks that were lost or damaged here and asked for again
 	Corrupt      int64 // chunks that came with, or had, other bytes than their signature says
@@ -55,7 +58,7 @@ func (v *Volume) Stats() Stats {
 		Untouched: c.cat[catUntouched], Held: c.cat[catHeld], Zero: c.cat[catZero], Modified: c.cat[catModified],
 		PartlyAbsent: c.partial, OverlayBytes: c.sectors << sectorShift,
 		DemandReads: n.reads.Load(), DemandMissed: n.missed.Load(), AheadChunks: n.ahead.Load(),
-		Delivered: n.delivered.Load(), Refused: n.refused.Load(), Refetched: n.refetched.Load(), Corrupt: n.corrupt.Load(),
+		Delivered: n.delivered.Load(), Adopted: n.adopted.Load(), Unknown: n.unknown.Load(), Refused: n.refused.Load(), Refetched: n.refetched.Load(), Corrupt: n.corrupt.Load(),
 		Commits: n.commits.Load(), CommitFailures: n.commitFailures.Load(), Checkpoints: n.checkpoints.Load(),
 		CommitTime: time.Duration(n.commitNanos.Load()), CommitLongest: time.Duration(n.commitMaxNanos.Load()),
 		LogBytes: n.logBytes.Load(),

@@ -24,6 +24,10 @@ type Store interface {
 	// Get fills dst with the plain bytes of the chunk, verified. A chunk that
 	// is not there is KindNotFound, a damaged one KindCorrupt.
 	Get(sig chunk.Sig, dst []byte) error
+	// Has says whether the chunk is there, as far as that can be said without
+	// reading it. One that is said to be there stays until it is referred to,
+	// unless space has to be made.
+	Has(sig chunk.Sig) bool
 	// Sync makes every chunk put before durable.
 	Sync() error
 }
