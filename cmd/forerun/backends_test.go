@@ -5,13 +5,17 @@ import (
 	"context"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"forerun/api"
 	"forerun/api/client"
 	"forerun/lab/load"
+	"forerun/lab/oracle"
+	"forerun/lab/pair"
 )
 
 // twoBackends is a site with another backend beside its own.
@@ -197,4 +201,82 @@ func TestTwoBackends(t *testing.T) {
 	s.startSecond("b=" + b)
 	s.written("b", b)
 	s.frontend.end(t, syscall.SIGTERM)
+}
+
+// TestPairOfTwoBackends: each backend arbitrates its own volumes, so that with
+// one gone the pair still changes the primary of the other's.
+func TestPairOfTwoBackends(t *testing.T) {
+	dir, addr2 := t.TempDir(), freePort(t)
+	for _, n := range []string{"a", "b"} {
+		if err := oracle.WriteBase(dir+"/"+n, 5, 4*mib); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p, err := pair.New(t.Context(), pair.Config{Bin: binary, Dir: t.TempDir(), Volumes: []pair.Volume{{Name: "a", Source: dir + "/a"}},
+		Args: []string{"--volume", "b=" + addr2, "--arbiter", "", "--failback-after", "0"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pki := filepath.Join(p.Dir, "pki")
+	output(t, binary, "pki", "issue", "--dir", pki, "--role", "backend", "--name", "older", "--host", "localhost,127.0.0.1")
+	launch := func() *proc {
+		return start(t, dir+"/second.log", binary, "backend", "--pki", pki, "--name", "older", "--state", dir+"/state",
+			"--listen", addr2, "--volume", "b="+dir+"/b")
+	}
+	second := launch()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(p.Words())
+		}
+		p.Kill()
+		second.end(t, syscall.SIGKILL)
+	})
+	if err := p.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// at waits until a volume is in sync and returns who is primary, and who not.
+	at := func(volume string) (first, other *pair.Node) {
+		t.Helper()
+		for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+			first, other, err := p.Primary(t.Context(), volume)
+			if err == nil {
+				if v, verr := first.Status(t.Context(), volume); verr == nil && v.Replica.InSync {
+					return first, other
+				}
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s is not in sync: %v", volume, err)
+			}
+		}
+	}
+	failover := func(volume string) {
+		t.Helper()
+		first, other := at(volume)
+		if out, err := p.Order(t.Context(), first, "failover", volume); err != nil {
+			t.Fatalf("%s: %v\n%s", volume, err, out)
+		}
+		if now, _ := at(volume); now != other {
+			t.Errorf("%s was handed over, and %s is primary", volume, now.Name)
+		}
+	}
+	first, _ := at("b")
+	for volume, addr := range map[string]string{"a": p.BackendAddr, "b": addr2} {
+		at(volume)
+		if v, err := first.Status(t.Context(), volume); err != nil || v.Replica.Arbiter != addr || v.Backend != addr {
+			t.Errorf("%s: arbiter %q, backend %q, want %s: %v", volume, v.Replica.Arbiter, v.Backend, addr, err)
+		}
+	}
+	second.end(t, syscall.SIGKILL)
+	failover("a")
+	// What is in sync needs no arbiter to go on.
+	c, err := load.Dial(t.Context(), first.Socket, "b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.WriteAt(bytes.Repeat([]byte{7}, 4096), 0, true); err != nil {
+		t.Errorf("a write without its backend: %v", err)
+	}
+	second = launch()
+	failover("b")
 }
