@@ -79,17 +79,18 @@ const (
 
 // Node describes a daemon.
 type Node struct {
-	Name    string   `json:"name" doc:"name in its certificate"`
-	Role    string   `json:"role" enum:"backend,frontend,proxy"`
-	Version string   `json:"version"`
-	UptimeS int64    `json:"uptime_s"`
-	Backend string   `json:"backend,omitempty" doc:"address of the backend, at a frontend"`
-	Exports []string `json:"exports,omitempty" doc:"NBD URIs that are served"`
-	Listen  string   `json:"listen,omitempty" doc:"address a backend listens on"`
-	Peer    string   `json:"peer,omitempty" doc:"address of the other frontend"`
-	Zone    string   `json:"zone,omitempty" doc:"where a frontend stands; its peer stands elsewhere"`
-	Arbiter string   `json:"arbiter,omitempty" doc:"address of who decides which frontend is primary"`
-	Targets []string `json:"targets,omitempty" doc:"NBD URIs that a proxy passes calls on to"`
+	Name     string   `json:"name" doc:"name in its certificate"`
+	Role     string   `json:"role" enum:"backend,frontend,proxy"`
+	Version  string   `json:"version"`
+	UptimeS  int64    `json:"uptime_s"`
+	Backend  string   `json:"backend,omitempty" doc:"address of the backend, at a frontend; of the first one where there are several"`
+	Backends []string `json:"backends,omitempty" doc:"addresses of all backends, at a frontend"`
+	Exports  []string `json:"exports,omitempty" doc:"NBD URIs that are served"`
+	Listen   string   `json:"listen,omitempty" doc:"address a backend listens on"`
+	Peer     string   `json:"peer,omitempty" doc:"address of the other frontend"`
+	Zone     string   `json:"zone,omitempty" doc:"where a frontend stands; its peer stands elsewhere"`
+	Arbiter  string   `json:"arbiter,omitempty" doc:"address of who decides which frontend is primary, where that is one for all volumes"`
+	Targets  []string `json:"targets,omitempty" doc:"NBD URIs that a proxy passes calls on to"`
 }
 
 // Volume is everything status shows about one volume.
@@ -101,6 +102,7 @@ type Volume struct {
 	SizeBytes  int64   `json:"size_bytes"`
 	ChunkBytes int64   `json:"chunk_bytes"`
 	Source     string  `json:"source,omitempty" doc:"where the bytes come from"`
+	Backend    string  `json:"backend,omitempty" doc:"address of the backend that owns the source, at a frontend"`
 	ReadOnly   bool    `json:"read_only,omitempty"`
 	Waiting    string  `json:"waiting,omitempty" doc:"what the workload or the daemon waits for, empty when nothing"`
 	Clients    int     `json:"clients" doc:"connected NBD clients, or sessions at a backend"`
@@ -211,6 +213,7 @@ type Cutover struct {
 // Replica is a frontend's part in the pair that holds the volume.
 type Replica struct {
 	Role        string `json:"role" doc:"primary, secondary, joining, alone"`
+	Arbiter     string `json:"arbiter,omitempty" doc:"address of who decides which frontend is primary, at a frontend"`
 	Peer        string `json:"peer,omitempty" doc:"name of the other frontend"`
 	Epoch       uint64 `json:"epoch" doc:"who has a lower one is fenced"`
 	InSync      bool   `json:"in_sync" doc:"both frontends hold every acknowledged write"`

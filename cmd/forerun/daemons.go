@@ -94,12 +94,14 @@ func frontendCommand() *cobra.Command {
 		logs   logFlags
 		onLoss string
 		groups []string
+
+		volumes []string
 	)
 	cmd := &cobra.Command{
-		Use:   "frontend --pki DIR --name NAME --state DIR --backend HOST:PORT --volume NAME … --export URI …",
+		Use:   "frontend --pki DIR --name NAME --state DIR --backend HOST:PORT --volume NAME[=HOST:PORT] … --export URI …",
 		Short: "Serve volumes over NBD while their data is still elsewhere",
-		Long: "Serve volumes of a backend over NBD at once: read on demand, fill in the background, journal what\n" +
-			"is written, cut over to a native disk when told to. The export name is the volume's.\n\n" +
+		Long: "Serve volumes of one or more backends over NBD at once: read on demand, fill in the background, journal\n" +
+			"what is written, cut over to a native disk when told to. The export name is the volume's.\n\n" +
 			"An export URI is nbd+unix:///?socket=PATH, nbd://HOST:PORT, nbds://HOST:PORT or nbds+unix:///?socket=PATH.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
@@ -108,6 +110,17 @@ func frontendCommand() *cobra.Command {
 			}
 			if cfg.OnPeerLoss, err = replica.ParsePolicy(onLoss); err != nil {
 				return err
+			}
+			cfg.Backends = map[string]string{}
+			for _, v := range volumes {
+				name, at, err := frontend.ParseVolume(v)
+				if err != nil {
+					return err
+				}
+				cfg.Volumes = append(cfg.Volumes, name)
+				if at != "" {
+					cfg.Backends[name] = at
+				}
 			}
 			cfg.Groups = map[string][]string{}
 			for _, g := range groups {
@@ -128,8 +141,8 @@ func frontendCommand() *cobra.Command {
 	f.StringVar(&cfg.PKI, "pki", "", "directory with ca.crt, NAME.crt and NAME.key")
 	f.StringVar(&cfg.Name, "name", "", "name of this node, as in its certificate")
 	f.StringVar(&cfg.StateDir, "state", "", "directory of what this node holds, and of its API socket")
-	f.StringVar(&cfg.Backend, "backend", "", "HOST:PORT of the backend")
-	f.StringArrayVar(&cfg.Volumes, "volume", nil, "name of a volume of the backend; may be given again")
+	f.StringVar(&cfg.Backend, "backend", "", "HOST:PORT of the backend of the volumes that name none")
+	f.StringArrayVar(&volumes, "volume", nil, "NAME of a volume of the backend, or NAME=HOST:PORT of one of another backend; may be given again")
 	f.StringArrayVar(&cfg.Exports, "export", nil, "NBD URI to listen on; may be given again")
 	f.Int64Var(&cfg.MemoryBytes, "memory", frontend.DefaultMemoryBytes, "memory tier of all volumes together, bytes")
 	f.Int64Var(&cfg.ScratchBytes, "scratch", frontend.DefaultScratchBytes, "scratch tier of each volume, bytes; 0 for none")
@@ -139,16 +152,16 @@ func frontendCommand() *cobra.Command {
 	f.StringVar(&cfg.Peer, "peer", "", "HOST:PORT of the other frontend, which holds every write too")
 	f.StringVar(&cfg.PeerListen, "peer-listen", "", "HOST:PORT where the other frontend finds this one")
 	f.StringVar(&cfg.Zone, "zone", "", "where this node stands, for status; its peer should stand elsewhere")
-	f.StringVar(&cfg.Arbiter, "arbiter", "", "HOST:PORT of the backend that decides which frontend is primary; default that of --backend")
+	f.StringVar(&cfg.Arbiter, "arbiter", "", "HOST:PORT of the backend that decides which frontend is primary; default each volume's own")
 	f.StringVar(&onLoss, "on-peer-loss", "degrade", "degrade: writes go on, each synced before it is acknowledged; wait: they wait for the peer")
 	f.DurationVar(&cfg.FailBackAfter, "failback-after", 30*time.Second, "give a volume back to its preferred node once that was in sync for so long; 0 for never")
 	f.BoolVar(&cfg.Isolated, "isolated", false, "run test clones: the volumes as they are now; nothing goes back, forerun discard removes them")
 	f.StringVar(&cfg.Policy, "policy", "", "write-back or isolated, for volumes that are new; default write-back where the source can be written")
 	f.DurationVar(&cfg.CheckpointInterval, "checkpoint-interval", 10*time.Second, "longest time between checkpoints at the source while there are writes")
 	f.Int64Var(&cfg.CheckpointBytes, "checkpoint-bytes", 64<<20, "bytes of writes that make a checkpoint earlier")
-	f.StringArrayVar(&groups, "group", nil, "NAME=VOLUME,VOLUME: disks of one workload, whose checkpoints are one moment; the others are one group together; may be given again")
+	f.StringArrayVar(&groups, "group", nil, "NAME=VOLUME,VOLUME: disks of one workload, whose checkpoints are one moment; they are of one backend; its others are one group together; may be given again")
 	f.BoolVar(&cfg.VerifyClients, "verify-clients", true, "nbds: ask clients for a certificate of the same CA")
 	logs.add(cmd)
-	required(cmd, "pki", "name", "state", "backend", "volume", "export")
+	required(cmd, "pki", "name", "state", "volume", "export")
 	return cmd
 }

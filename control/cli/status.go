@@ -264,6 +264,9 @@ func printVolume(w io.Writer, v api.Volume) {
 	if v.Source != "" {
 		row("source", "%s", v.Source)
 	}
+	if v.Backend != "" {
+		row("backend", "%s", v.Backend)
+	}
 	row("clients", "%d", v.Clients)
 	if v.Role == api.RoleBackend {
 		row("link", "%s received, %s sent", bytesText(float64(v.WAN.ReceivedBytes)), bytesText(float64(v.WAN.SentBytes)))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -27,8 +28,10 @@ type Config struct {
 	PKI      string // directory with ca.crt, NAME.crt, NAME.key
 	Name     string // the node's, as in its certificate
 	StateDir string
-	Backend  string   // HOST:PORT
-	Volumes  []string // names, as the backend offers them
+	Backend  string   // HOST:PORT of the volumes that Backends does not name
+	Volumes  []string // names, as their backends offer them
+	// Backends are the HOST:PORT of volumes, by name, that are elsewhere.
+	Backends map[string]string
 	Exports  []string // NBD URIs to listen on
 	// MemoryBytes is the memory tier of all volumes together.
 	MemoryBytes int64
@@ -46,7 +49,8 @@ type Config struct {
 	// Peer is the other frontend's HOST:PORT, empty for a node alone; PeerListen
 	// is where it finds this one. Zone says where this one stands.
 	Peer, PeerListen, Zone string
-	// Arbiter decides which of the two is primary: a backend, by default Backend.
+	// Arbiter decides which of the two is primary: a backend, by default each
+	// volume's own.
 	Arbiter string
 	// OnPeerLoss is what writes do while the peer is away.
 	OnPeerLoss replica.Policy
@@ -63,10 +67,37 @@ type Config struct {
 	// writes; 0 for the defaults.
 	CheckpointInterval time.Duration
 	CheckpointBytes    int64
-	// Groups are the consistency groups by name; what is in none is in one together.
+	// Groups are the consistency groups by name, each of volumes of one backend;
+	// what is in none is in one together with the others of its backend.
 	Groups map[string][]string
 
 	Log *slog.Logger
+}
+
+// ParseVolume reads NAME or NAME=HOST:PORT; backend is empty where the text
+// names none.
+func ParseVolume(s string) (name, backend string, err error) {
+	name, backend, named := strings.Cut(s, "=")
+	if named && (name == "" || checkAddress(backend) != nil) {
+		return "", "", fmt.Errorf("--volume %q is not NAME or NAME=HOST:PORT; example: web=old.example:7410", s)
+	}
+	return name, backend, nil
+}
+
+func checkAddress(s string) error {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil || host == "" || port == "" {
+		return fmt.Errorf("%q is not HOST:PORT; example: old.example:7410", s)
+	}
+	return nil
+}
+
+// backendOf is the address of a volume's backend.
+func (c *Config) backendOf(volume string) string {
+	if a := c.Backends[volume]; a != "" {
+		return a
+	}
+	return c.Backend
 }
 
 // ParseGroup reads NAME=VOLUME,VOLUME.
@@ -83,9 +114,6 @@ func (c *Config) checkPair() error {
 	if (c.Peer == "") != (c.PeerListen == "") {
 		return errors.New("--peer and --peer-listen belong together: where the other frontend is, and where it finds this one")
 	}
-	if c.Arbiter == "" {
-		c.Arbiter = c.Backend
-	}
 	if c.Isolated {
 		if c.Policy == api.PolicyWriteBack {
 			return errors.New("--isolated makes test clones, whose changes never go back: --policy write-back contradicts it")
@@ -100,6 +128,10 @@ func (c *Config) checkPair() error {
 	default:
 		return fmt.Errorf("--policy %q is not known: write-back or isolated", c.Policy)
 	}
+	return c.checkGroups()
+}
+
+func (c *Config) checkGroups() error {
 	seen := map[string]bool{}
 	for name, vols := range c.Groups {
 		for _, v := range vols {
@@ -110,6 +142,36 @@ func (c *Config) checkPair() error {
 				return fmt.Errorf("--group: volume %s is in two groups", v)
 			}
 			seen[v] = true
+			if a, b := c.backendOf(vols[0]), c.backendOf(v); a != b {
+				return fmt.Errorf("--group %s: volume %s is at the backend %s and %s at %s, and a checkpoint is one transaction at one backend; give each backend's volumes a group of their own",
+					name, vols[0], a, v, b)
+			}
+		}
+	}
+	names := map[[2]string]bool{}
+	for _, g := range c.groups() {
+		at := [2]string{g.name, c.backendOf(g.volumes[0])}
+		if names[at] {
+			return fmt.Errorf("--group %s: the volumes that are in no group are one of that name; choose another", g.name)
+		}
+		names[at] = true
+	}
+	return nil
+}
+
+func (c *Config) checkBackends() error {
+	if c.Backend != "" {
+		if err := checkAddress(c.Backend); err != nil {
+			return fmt.Errorf("--backend: %w", err)
+		}
+	}
+	for _, v := range c.Volumes {
+		a := c.backendOf(v)
+		if a == "" {
+			return fmt.Errorf("nothing says which backend has the volume %s; say --backend HOST:PORT, or --volume %s=HOST:PORT", v, v)
+		}
+		if err := checkAddress(a); err != nil {
+			return fmt.Errorf("--volume %s: the backend %w", v, err)
 		}
 	}
 	return nil
@@ -137,10 +199,13 @@ func (c *Config) check() error {
 			return err
 		}
 	}
-	for _, m := range []struct{ flag, value string }{{"pki", c.PKI}, {"name", c.Name}, {"state", c.StateDir}, {"backend", c.Backend}} {
+	for _, m := range []struct{ flag, value string }{{"pki", c.PKI}, {"name", c.Name}, {"state", c.StateDir}} {
 		if m.value == "" {
 			return fmt.Errorf("--%s is empty", m.flag)
 		}
+	}
+	if err := c.checkBackends(); err != nil {
+		return err
 	}
 	if err := c.checkPair(); err != nil {
 		return err

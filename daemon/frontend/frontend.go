@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"forerun/api"
@@ -41,15 +42,14 @@ type Frontend struct {
 	memory *cache.Memory
 	nbd    *nbd.Server
 
-	mu      sync.Mutex
-	volumes map[string]*stack.Volume // guarded by mu: those that are open
-	client  *wire.Client             // guarded by mu: nil until the backend has answered
-	// problems say why the backend, under "", or a volume cannot be used.
-	problems map[string]string // guarded by mu
-	uris     []string          // guarded by mu: what is listened on
+	links []*backendLink // one for each backend, set by New
 
-	allOpen sync.Once // what serve and connect tell each other
-	rates   rates
+	mu       sync.Mutex
+	volumes  map[string]*stack.Volume // guarded by mu: those that are open
+	problems map[string]string        // guarded by mu: why a volume cannot be used
+	uris     []string                 // guarded by mu: what is listened on
+
+	begun begun // what serve and connect tell each other
 
 	pair     pair
 	base     context.Context               // of what Run started
@@ -71,8 +71,8 @@ func New(cfg Config) (*Frontend, error) {
 		return nil, err
 	}
 	cfg.StateDir = dir
-	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{}, problems: map[string]string{},
-		shippers: map[string]*writeback.Shipper{}, aborts: map[string]*abort{}, over: map[string]string{}}, nil
+	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, links: newLinks(&cfg), volumes: map[string]*stack.Volume{}, problems: map[string]string{},
+		begun: begun{some: make(chan struct{}), all: make(chan struct{})}, shippers: map[string]*writeback.Shipper{}, aborts: map[string]*abort{}, over: map[string]string{}}, nil
 }
 
 // Run serves until ctx ends, then closes everything in order: exports, then
@@ -106,7 +106,11 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 	f.nbd = nbd.NewServer(nbd.Options{Exports: f, TLS: nbdTLS, Near: near, Log: f.log})
 	// The link goes last: a read that waits for it may still be answered while
 	// the exports drain.
-	defer f.hangUp()
+	defer func() {
+		for _, b := range f.links {
+			f.hangUp(b)
+		}
+	}()
 	// The peer is spoken to until the volumes are closed: they are handed over.
 	pairCtx, endPair := context.WithCancel(context.WithoutCancel(ctx))
 	var pairing sync.WaitGroup
@@ -119,7 +123,7 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 	defer func() { cancel(); f.work.Wait() }()
 
 	handler := serve.Handler(f, f, version.String(), daemon.Metrics(f.Volumes), f)
-	f.log.Info("frontend starts", "backend", f.cfg.Backend, "volumes", f.cfg.Volumes, "version", version.String())
+	f.log.Info("frontend starts", "backends", f.addresses(), "volumes", f.cfg.Volumes, "version", version.String())
 	defer daemon.Stopping()
 	return daemon.Tree(ctx,
 		func(ctx context.Context) error { return serve.Run(ctx, f.cfg.StateDir, handler) },
@@ -156,6 +160,29 @@ func near(dev block.Device, off, n int64) bool {
 // are others that can be served already.
 const newGrace = 5 * time.Second
 
+// begun is what serve and connect tell each other.
+type begun struct {
+	first   bool          // no volume was open at the start
+	serving atomic.Bool   // workloads may have come
+	some    chan struct{} // closed when a volume is open
+	all     chan struct{} // closed when every one is
+	once    struct{ some, all sync.Once }
+}
+
+// told notes how many volumes are open.
+func (f *Frontend) told() {
+	if f.openCount() > 0 {
+		f.begun.once.some.Do(func() { close(f.begun.some) })
+	}
+	if f.missing() == 0 {
+		f.begun.once.all.Do(func() { close(f.begun.all) })
+	}
+}
+
+// strict says whether what waiting does not help with ends the daemon: at the
+// first start of all, until workloads may have come to what is served.
+func (f *Frontend) strict() bool { return f.begun.first && !f.begun.serving.Load() }
+
 // serve opens the volumes, those known from before at once and new ones when
 // the backend has described them, and then the exports: a client that can
 // connect finds its disk. A new volume does not hold back those that are known
@@ -177,6 +204,9 @@ func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 		if block.KindOf(err) == block.KindNotFound {
 			continue
 		}
+		if err == nil && meta.Volume != name {
+			err = block.E("volume", f.volumeDir(name), block.KindCorrupt, fmt.Errorf("this directory is of the volume %s; was it moved or copied by hand?", meta.Volume))
+		}
 		if err == nil {
 			err = f.openVolume(ctx, meta)
 		}
@@ -184,28 +214,39 @@ func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 			return fmt.Errorf("volume %s: %w", name, err)
 		}
 	}
-	missing := f.missing()
-	first := missing > 0 && f.openCount() == 0
-	opened := make(chan struct{})
-	var grace <-chan time.Time
-	switch {
-	case missing == 0:
-		f.allOpen.Do(func() { close(opened) }) // a restart: what is held is served even if the backend is away
-	case !first:
-		grace = time.After(newGrace)
+	f.begun.first = f.missing() > 0 && f.openCount() == 0
+	f.told() // after a restart what is held is served even if a backend is away
+	parts := []func(context.Context) error{func(ctx context.Context) error {
+		if !f.awaitOpen(ctx) {
+			return nil
+		}
+		f.begun.serving.Store(true)
+		return daemon.Tree(ctx, f.exports, f.ship)
+	}}
+	for _, b := range f.links {
+		parts = append(parts, func(ctx context.Context) error { return f.connect(ctx, clientTLS, b) })
 	}
-	return daemon.Tree(ctx,
-		func(ctx context.Context) error { return f.connect(ctx, clientTLS, first, opened) },
-		func(ctx context.Context) error {
-			select {
-			case <-opened:
-			case <-grace:
-				f.log.Warn("a new volume waits for the backend; serving the others")
-			case <-ctx.Done():
-				return nil
-			}
-			return daemon.Tree(ctx, f.exports, f.ship)
-		})
+	return daemon.Tree(ctx, parts...)
+}
+
+// awaitOpen waits until the volumes can be served, and says whether ctx let it.
+func (f *Frontend) awaitOpen(ctx context.Context) bool {
+	select {
+	case <-f.begun.some:
+	case <-f.begun.all:
+	case <-ctx.Done():
+		return false
+	}
+	grace := time.NewTimer(newGrace)
+	defer grace.Stop()
+	select {
+	case <-f.begun.all:
+	case <-grace.C:
+		f.log.Warn("a new volume waits for its backend; serving the others")
+	case <-ctx.Done():
+		return false
+	}
+	return true
 }
 
 func (f *Frontend) openCount() int {
@@ -214,7 +255,7 @@ func (f *Frontend) openCount() int {
 	return len(f.volumes)
 }
 
-// missing is how many volumes the backend has yet to describe.
+// missing is how many volumes their backends have yet to describe.
 func (f *Frontend) missing() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -235,7 +276,7 @@ func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 		ScratchDir: f.scratchDir(meta.Volume),
 		Store:      f.store, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
 		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit,
-		Reserved: []string{f.cfg.StateDir}, OnSwitched: f.switched, Log: log,
+		Reserved: []string{f.cfg.StateDir}, OnSwitched: func() { f.leave(f.link(meta.Volume)) }, Log: log,
 		Pair: f.stackPair(meta.Volume), Isolated: f.cfg.Policy == api.PolicyIsolated,
 	})
 	if err != nil {
@@ -250,31 +291,29 @@ func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 	return nil
 }
 
-// connect reaches the backend, however long that takes, and gives each volume
-// its far end. It opens the volumes that are new and closes opened when all
-// are, unless all were before. At the first start of all, what waiting does not
-// help with is an error. Later it is a problem of that volume alone: workloads
-// run on the others, and on what is here.
-func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, first bool, opened chan struct{}) error {
-	if !f.needsBackend() {
+// connect reaches a backend, however long that takes, and gives each of its
+// volumes its far end; it opens those that are new. At the first start of all,
+// what waiting does not help with is an error. Later it is a problem of that
+// volume alone: workloads run on the others, and on what is here.
+func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, b *backendLink) error {
+	client, err := f.dial(ctx, clientTLS, b)
+	if err != nil {
+		return err
+	}
+	if client == nil {
 		<-ctx.Done()
 		return nil
 	}
-	client, err := f.dial(ctx, clientTLS, first)
-	if client == nil {
-		return err
-	}
-	f.setProblem("", "")
 	g, gctx := errgroup.WithContext(ctx)
-	for _, name := range f.cfg.Volumes {
+	for _, name := range b.volumes {
 		if f.ended(name) != "" {
 			continue
 		}
 		g.Go(func() error {
 			err := f.attach(gctx, client, name)
-			for err != nil && gctx.Err() == nil && !first {
+			for err != nil && gctx.Err() == nil && !f.strict() && f.ended(name) == "" {
 				if f.setProblem(name, err.Error()) {
-					f.log.Error("the volume cannot use the backend; serving what is here, asking again", "volume", name, "err", err)
+					f.log.Error("the volume cannot use the backend; serving what is here, asking again", "volume", name, "backend", b.addr, "err", err)
 				}
 				sleep(gctx, attachRetry)
 				err = f.attach(gctx, client, name)
@@ -282,19 +321,18 @@ func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, first boo
 			if gctx.Err() != nil {
 				return nil
 			}
-			if err != nil {
+			if err != nil && f.ended(name) == "" {
 				return fmt.Errorf("volume %s: %w", name, err)
 			}
 			f.setProblem(name, "")
-			if f.missing() == 0 {
-				f.allOpen.Do(func() { close(opened) })
-			}
+			f.told()
 			return nil
 		})
 	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	f.leave(b) // the last of them may have switched while it was dialled
 	<-ctx.Done()
 	return nil
 }
@@ -302,40 +340,8 @@ func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, first boo
 // attachRetry is how often a backend that cannot serve a volume is asked again.
 const attachRetry = 5 * time.Second
 
-func (f *Frontend) needsBackend() bool {
-	if f.missing() > 0 {
-		return true
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, v := range f.volumes {
-		if !v.Switched() {
-			return true
-		}
-	}
-	return false
-}
-
-// switched hangs up on the backend when no volume needs it any more.
-func (f *Frontend) switched() {
-	if !f.needsBackend() {
-		f.log.Info("no volume needs the backend any more")
-		f.hangUp()
-	}
-}
-
-func (f *Frontend) hangUp() {
-	f.mu.Lock()
-	c := f.client
-	f.client = nil
-	f.mu.Unlock()
-	if c != nil {
-		_ = c.Close() // what it may fail with concerns nobody now
-	}
-}
-
-// setProblem notes why a volume, or with no name the backend, cannot be used;
-// no text ends it. It says whether that is news.
+// setProblem notes why a volume cannot be used; no text ends it. It says
+// whether that is news.
 func (f *Frontend) setProblem(volume, text string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -344,42 +350,30 @@ func (f *Frontend) setProblem(volume, text string) bool {
 	return news
 }
 
-func (f *Frontend) dial(ctx context.Context, clientTLS *tls.Config, first bool) (*wire.Client, error) {
-	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
-		c, err := wire.Dial(ctx, wire.ClientOptions{Addr: f.cfg.Backend, TLS: clientTLS, Node: f.cfg.Name,
+// dial makes the session with a backend, nil when no volume needs it (any
+// more) or ctx ends.
+func (f *Frontend) dial(ctx context.Context, clientTLS *tls.Config, b *backendLink) (*wire.Client, error) {
+	for wait := 100 * time.Millisecond; f.needs(b); wait = min(2*wait, 2*time.Second) {
+		c, err := wire.Dial(ctx, wire.ClientOptions{Addr: b.addr, TLS: clientTLS, Node: f.cfg.Name,
 			BackgroundConns: f.cfg.BackgroundConns, Log: f.log})
 		if err == nil {
 			f.mu.Lock()
-			f.client = c
+			b.client, b.problem = c, ""
 			f.mu.Unlock()
 			return c, nil
 		}
 		if ctx.Err() != nil {
 			return nil, nil
 		}
-		if k := block.KindOf(err); first && (k == block.KindDenied || k == block.KindInvalid || k == block.KindUnsupported) {
+		if k := block.KindOf(err); f.strict() && (k == block.KindDenied || k == block.KindInvalid || k == block.KindUnsupported) {
 			return nil, err
 		}
-		if f.problem("") == "" {
-			f.log.Warn("the backend cannot be reached; trying on", "backend", f.cfg.Backend, "err", err)
+		if f.setDown(b, fmt.Sprintf("the backend %s cannot be reached: %v", b.addr, err)) {
+			f.log.Warn("the backend cannot be reached; trying on", "backend", b.addr, "err", err)
 		}
-		f.setProblem("", "the backend cannot be reached: "+err.Error())
-		select {
-		case <-ctx.Done():
-			return nil, nil
-		case <-time.After(wait):
-		}
+		sleep(ctx, wait)
 	}
-}
-
-// problem is what concerns a volume: its own, or the backend's.
-func (f *Frontend) problem(volume string) string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if p := f.problems[volume]; p != "" {
-		return p
-	}
-	return f.problems[""]
+	return nil, nil
 }
 
 func (f *Frontend) attach(ctx context.Context, client *wire.Client, name string) error {
@@ -479,13 +473,17 @@ func (f *Frontend) Node() api.Node {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return api.Node{Name: f.cfg.Name, Role: api.RoleFrontend, Version: version.String(),
-		UptimeS: int64(time.Since(f.started).Seconds()), Backend: f.cfg.Backend, Exports: f.uris,
+		UptimeS: int64(time.Since(f.started).Seconds()), Backend: f.links[0].addr, Backends: f.addresses(), Exports: f.uris,
 		Peer: f.cfg.Peer, Zone: f.cfg.Zone, Arbiter: f.arbiterAddr()}
 }
 
+// arbiterAddr is who decides for all volumes, empty when there is no one such.
 func (f *Frontend) arbiterAddr() string {
-	if f.cfg.Peer == "" {
+	switch {
+	case f.cfg.Peer == "" || f.cfg.Arbiter == "" && len(f.links) > 1:
 		return ""
+	case f.cfg.Arbiter != "":
+		return f.cfg.Arbiter
 	}
-	return f.cfg.Arbiter
+	return f.links[0].addr
 }

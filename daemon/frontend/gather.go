@@ -22,8 +22,8 @@ func (f *Frontend) gather(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		for _, names := range f.groups() {
-			f.gatherGroup(ctx, slices.Sorted(slices.Values(names)))
+		for _, g := range f.cfg.groups() {
+			f.gatherGroup(ctx, slices.Sorted(slices.Values(g.volumes)))
 		}
 	}
 }

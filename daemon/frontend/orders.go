@@ -1,6 +1,7 @@
 package frontend
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -88,10 +89,10 @@ func (f *Frontend) SetPolicy(_ context.Context, name string, req api.PolicyReque
 
 // groupOf returns the open volumes of v's consistency group.
 func (f *Frontend) groupOf(v *stack.Volume) []*stack.Volume {
-	for _, names := range f.groups() {
+	for _, g := range f.cfg.groups() {
 		in := false
 		var all []*stack.Volume
-		for _, n := range names {
+		for _, n := range g.volumes {
 			in = in || n == v.Name()
 			if o := f.volume(n); o != nil {
 				all = append(all, o)
@@ -220,6 +221,7 @@ func (f *Frontend) bury(v *stack.Volume, phase string) error {
 	f.mu.Lock()
 	f.over[name] = phase
 	f.mu.Unlock()
+	f.leave(f.link(name))
 	return nil
 }
 
@@ -282,7 +284,7 @@ func (f *Frontend) Discard(ctx context.Context, name string, req api.DiscardRequ
 	}
 	v.Shut()
 	// The backend first: it keeps old content for as long as there is a clone.
-	if err := writeback.DiscardClone(ctx, f.pair.back, name, f.cfg.Name); err != nil {
+	if err := writeback.DiscardClone(ctx, f.link(name).back, name, f.cfg.Name); err != nil {
 		return err
 	}
 	return f.finish(ctx, v, api.PhaseDiscarded)
@@ -319,6 +321,9 @@ func (f *Frontend) pairStatus(name string, v *stack.Volume, s *api.Volume) {
 		if !st.LastCut.IsZero() {
 			w.LastCheckpoint = st.LastCut.UTC().Format(time.RFC3339Nano)
 		}
+	}
+	if s.Replica != nil {
+		s.Replica.Arbiter = cmp.Or(f.cfg.Arbiter, s.Backend)
 	}
 	s.Writeback = w
 	if phase == api.PhaseAborted && a == nil {

@@ -1,6 +1,7 @@
 package frontend
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -23,13 +24,10 @@ import (
 	"forerun/internal/pki"
 )
 
-// pair is how this node reaches the others: its peer, the arbiter, and the
-// backend that takes changes back.
+// pair is how this node reaches its peer.
 type pair struct {
-	arbiter *msg.Client // nil without a peer
 	peer    *msg.Client // nil without a peer
 	forward *msg.Client // calls of clients on their way to the primary
-	back    *msg.Client
 	mux     replica.Mux
 	server  *wire.Server // for the peer
 }
@@ -47,7 +45,8 @@ type about struct {
 	Ended  string `json:"ended,omitempty"` // the phase it ended in
 }
 
-// openPair makes the clients; run dials.
+// openPair makes the clients of the peer, and of the backends and arbiters;
+// runPair dials.
 func (f *Frontend) openPair() error {
 	client := func(addr, proto string, role pki.Role, up func(bool)) (*msg.Client, error) {
 		c, err := pki.ClientTLS(f.cfg.PKI, f.cfg.Name, role)
@@ -58,14 +57,26 @@ func (f *Frontend) openPair() error {
 			Conn: msg.Options{Idle: peerIdle, Log: f.log}, Log: f.log}), nil
 	}
 	var err error
-	if f.pair.back, err = client(f.cfg.Backend, msg.ProtoWriteBack, pki.RoleBackend, nil); err != nil {
-		return err
+	for i, b := range f.links {
+		if b.back, err = client(b.addr, msg.ProtoWriteBack, pki.RoleBackend, nil); err != nil {
+			return err
+		}
+		addr := b.addr
+		switch {
+		case f.cfg.Peer == "":
+			continue
+		case f.cfg.Arbiter != "" && i > 0:
+			b.arbiter = f.links[0].arbiter
+			continue
+		case f.cfg.Arbiter != "":
+			addr = f.cfg.Arbiter
+		}
+		if b.arbiter, err = client(addr, msg.ProtoArbiter, pki.RoleBackend, nil); err != nil {
+			return err
+		}
 	}
 	if f.cfg.Peer == "" {
 		return nil
-	}
-	if f.pair.arbiter, err = client(f.cfg.Arbiter, msg.ProtoArbiter, pki.RoleBackend, nil); err != nil {
-		return err
 	}
 	if f.pair.peer, err = client(f.cfg.Peer, msg.ProtoPeer, pki.RoleFrontend, f.peerUp); err != nil {
 		return err
@@ -82,20 +93,26 @@ func (f *Frontend) openPair() error {
 	return err
 }
 
-// peerIdle is how long the peer, the arbiter and the backend may be silent on a
+// peerIdle is how long the peer, an arbiter and a backend may be silent on a
 // connection before another one is made.
 const peerIdle = 2 * time.Second
 
 // runPair keeps the connections of the pair.
 func (f *Frontend) runPair(ctx context.Context) error {
-	parts := []func(context.Context) error{f.pair.back.Run}
+	var parts []func(context.Context) error
+	for i, b := range f.links {
+		parts = append(parts, b.back.Run)
+		if b.arbiter != nil && (i == 0 || b.arbiter != f.links[0].arbiter) {
+			parts = append(parts, b.arbiter.Run)
+		}
+	}
 	if f.pair.server != nil {
 		ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", f.cfg.PeerListen)
 		if err != nil {
 			return block.E("listen", f.cfg.PeerListen, block.KindNone, err)
 		}
-		f.log.Info("serving the peer", "listen", ln.Addr().String(), "peer", f.cfg.Peer, "arbiter", f.cfg.Arbiter, "zone", f.cfg.Zone)
-		parts = append(parts, f.pair.arbiter.Run, f.pair.peer.Run, f.pair.forward.Run,
+		f.log.Info("serving the peer", "listen", ln.Addr().String(), "peer", f.cfg.Peer, "arbiter", cmp.Or(f.cfg.Arbiter, "each volume's backend"), "zone", f.cfg.Zone)
+		parts = append(parts, f.pair.peer.Run, f.pair.forward.Run,
 			func(ctx context.Context) error { return f.pair.server.Serve(ctx, ln) }, f.askPeer, f.fetchFromPeer, f.gather)
 	}
 	return daemon.Tree(ctx, parts...)
@@ -106,7 +123,7 @@ func (f *Frontend) stackPair(volume string) *stack.Pair {
 	if f.pair.peer == nil {
 		return nil
 	}
-	return &stack.Pair{Node: f.cfg.Name, Fence: fence.NewClient(f.pair.arbiter, volume, f.cfg.Name),
+	return &stack.Pair{Node: f.cfg.Name, Fence: fence.NewClient(f.link(volume).arbiter, volume, f.cfg.Name),
 		Peer: f.pair.peer, Forward: f.pair.forward, OnPeerLoss: f.cfg.OnPeerLoss, FailBackAfter: f.cfg.FailBackAfter}
 }
 
@@ -247,23 +264,37 @@ func sleep(ctx context.Context, d time.Duration) {
 // maxGroupName is the most bytes in a group's name (package writeback).
 const maxGroupName = 255
 
+// group is a consistency group. Its volumes are of one backend.
+type group struct {
+	name    string
+	volumes []string
+}
+
 // groups puts the volumes of this node into consistency groups: those that were
-// named, and one of all the others.
-func (f *Frontend) groups() map[string][]string {
-	out := map[string][]string{}
-	rest := slices.Clone(f.cfg.Volumes)
-	for name, vols := range f.cfg.Groups {
-		out[name] = vols
-		rest = slices.DeleteFunc(rest, func(v string) bool { return slices.Contains(vols, v) })
+// named, and one of all the others of each backend.
+func (c *Config) groups() []group {
+	var out []group
+	rest := map[string][]string{} // by backend
+	for _, v := range c.Volumes {
+		addr := c.backendOf(v)
+		rest[addr] = append(rest[addr], v)
 	}
-	if len(rest) > 0 {
-		slices.Sort(rest)
+	for name, vols := range c.Groups {
+		out = append(out, group{name, vols})
+		addr := c.backendOf(vols[0])
+		rest[addr] = slices.DeleteFunc(rest[addr], func(v string) bool { return slices.Contains(vols, v) })
+	}
+	for _, vols := range rest {
+		if len(vols) == 0 {
+			continue
+		}
+		slices.Sort(vols)
 		// Both nodes of a pair name it alike.
-		name := strings.Join(rest, "+")
+		name := strings.Join(vols, "+")
 		if len(name) > maxGroupName {
 			name = fmt.Sprintf("%x", sha256.Sum256([]byte(name)))
 		}
-		out[name] = rest
+		out = append(out, group{name, vols})
 	}
 	return out
 }
@@ -299,9 +330,9 @@ func (f *Frontend) shipAll(ctx context.Context, late func()) error {
 		}
 		return nil
 	}}
-	for name, vols := range f.groups() {
+	for _, g := range f.cfg.groups() {
 		var in []writeback.Volume
-		for _, n := range vols {
+		for _, n := range g.volumes {
 			if v := f.volume(n); v != nil {
 				if w := v.WriteBack(); w != nil {
 					in = append(in, w)
@@ -311,8 +342,10 @@ func (f *Frontend) shipAll(ctx context.Context, late func()) error {
 		if len(in) == 0 {
 			continue
 		}
-		s, err := writeback.NewShipper(writeback.ShipperOptions{Group: name, Volumes: in, Backend: f.pair.back,
-			Interval: f.cfg.CheckpointInterval, MaxBytes: f.cfg.CheckpointBytes, Pace: f.pace, Log: f.log})
+		b := f.link(g.volumes[0])
+		s, err := writeback.NewShipper(writeback.ShipperOptions{Group: g.name, Volumes: in, Backend: b.back,
+			Interval: f.cfg.CheckpointInterval, MaxBytes: f.cfg.CheckpointBytes, Log: f.log,
+			Pace: func(ctx context.Context, _ int) error { return f.pace(ctx, b) }})
 		if err != nil {
 			return err
 		}
@@ -332,9 +365,9 @@ const paceFloor = 50 * time.Millisecond
 
 // pace holds a piece of write-back back while the workload waits for the link.
 // Fill needs no such rule: it comes the other way, and its requests are small.
-func (f *Frontend) pace(ctx context.Context, _ int) error {
+func (f *Frontend) pace(ctx context.Context, to *backendLink) error {
 	const look = 5 * time.Millisecond
-	for waited := time.Duration(0); waited < paceFloor && f.demandWaits(); waited += look {
+	for waited := time.Duration(0); waited < paceFloor && f.demandWaits(to); waited += look {
 		sleep(ctx, look)
 		if err := ctx.Err(); err != nil {
 			return err
@@ -343,9 +376,15 @@ func (f *Frontend) pace(ctx context.Context, _ int) error {
 	return nil
 }
 
-func (f *Frontend) demandWaits() bool {
+// demandWaits says whether the workload waits for what the line may bring: not
+// for another backend that is away.
+func (f *Frontend) demandWaits(to *backendLink) bool {
 	for _, v := range f.open() {
-		if v.DemandWaits() {
+		if !v.DemandWaits() {
+			continue
+		}
+		b := f.link(v.Name())
+		if c := f.session(b); b == to || c != nil && c.Stats().Up {
 			return true
 		}
 	}

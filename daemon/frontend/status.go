@@ -2,7 +2,6 @@ package frontend
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -62,25 +61,29 @@ func (f *Frontend) unknown(name string) error {
 }
 
 func (f *Frontend) status(name string) api.Volume {
+	b := f.link(name)
 	f.mu.Lock()
-	v, client := f.volumes[name], f.client
+	v, client, problem, over := f.volumes[name], b.client, f.problems[name], f.over[name] != ""
+	if problem == "" {
+		problem = b.problem
+	}
 	f.mu.Unlock()
-	problem := f.problem(name)
 	s := api.Volume{Volume: name, Role: api.RoleFrontend, Phase: api.PhaseStarting, Primary: api.PrimarySource,
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"}}
 	if v != nil {
 		s = v.Status()
 	}
+	s.Backend = b.addr
 	s.WAN.LastError = problem
 	if client != nil {
 		c := client.Stats()
 		s.WAN.Connected = c.Up
 		s.WAN.SentBytes, s.WAN.ReceivedBytes = c.SentBytes, c.ReceivedBytes
 		s.WAN.RTTUs, s.WAN.Reconnects = c.RTT.Microseconds(), c.Reconnects
-		s.WAN.RateBytes = f.rates.note(time.Now(), c.ReceivedBytes)
+		s.WAN.RateBytes = b.rates.note(time.Now(), c.ReceivedBytes)
 	}
-	if s.Waiting == "" && (!s.WAN.Connected || problem != "") && s.Primary == api.PrimarySource && (v == nil || s.Chunks.Absent > 0) {
-		s.Waiting = "the backend cannot be reached; reads of data that is not here wait"
+	if s.Waiting == "" && !over && (!s.WAN.Connected || problem != "") && s.Primary == api.PrimarySource && (v == nil || s.Chunks.Absent > 0) {
+		s.Waiting = "the backend " + b.addr + " cannot be reached; reads of data that is not here wait"
 		if problem != "" {
 			s.Waiting = problem
 		}
@@ -103,7 +106,7 @@ func (f *Frontend) opened(name string) (*stack.Volume, error) {
 	if _, err := f.Volume(name); err != nil {
 		return nil, err
 	}
-	return nil, block.E("volume", name, block.KindUnavailable, errors.New("the volume is not open yet; the backend has not answered"))
+	return nil, block.E("volume", name, block.KindUnavailable, fmt.Errorf("the volume is not open yet; the backend %s has not answered", f.link(name).addr))
 }
 
 // Fill is serve.Controller.
