@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -259,6 +260,32 @@ func TestFillSaysWhyItWaits(t *testing.T) {
 			if s := p.Stats(); s.State == Waiting && s.Reason != f.fetchErr.Error() {
 				t.Fatalf("%+v", s)
 			}
+		}
+	})
+}
+
+// TestFillIsHeldBack: it says why, asks for nothing, and goes on where it was.
+func TestFillIsHeldBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(4000)
+		f.took = 100 * time.Millisecond
+		var why atomic.Value
+		why.Store("")
+		p, stop := start(t, f, Options{BatchChunks: 4, Outstanding: 2, Hold: func() string { return why.Load().(string) }})
+		defer stop()
+		time.Sleep(5 * time.Second)
+		why.Store("the store is at its limit")
+		time.Sleep(time.Second)
+		n, asked, _ := f.counts()
+		time.Sleep(time.Hour)
+		if now, more, _ := f.counts(); now != n || more != asked || p.Stats().State != Waiting || p.Stats().Reason != "the store is at its limit" {
+			t.Fatalf("held back, yet %d became %d; %+v", n, now, p.Stats())
+		}
+		why.Store("")
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if left, all, _ := f.counts(); left != 0 || all > 4000+16 || p.Stats().State != Filled {
+			t.Fatalf("%d left, %d asked, %+v", left, all, p.Stats())
 		}
 	})
 }

@@ -40,7 +40,9 @@ type Options struct {
 	Outstanding int
 	Paused      bool  // begin paused
 	Limit       int64 // bytes a second on the link, 0 for none
-	Log         *slog.Logger
+	// Hold, if set, says why nothing more should be brought for now, or nothing.
+	Hold func() string
+	Log  *slog.Logger
 }
 
 // State of a pump.
@@ -110,6 +112,13 @@ func (p *Pump) Run(ctx context.Context) {
 		if !p.awaitResume(ctx) {
 			return
 		}
+		if why := p.hold(); why != "" {
+			if p.set(Waiting, why) {
+				p.opts.Log.Info("the fill is held back", "why", why)
+			}
+			sleep(ctx, recheck)
+			continue
+		}
 		p.set(Running, "")
 		swept, err := p.sweep(ctx)
 		switch {
@@ -164,7 +173,7 @@ func (p *Pump) sweep(ctx context.Context) (swept bool, err error) {
 		if err := failed(); err != nil {
 			return false, err
 		}
-		if p.isPaused() {
+		if p.isPaused() || p.hold() != "" {
 			return false, nil
 		}
 		if p.order.Cursor() >= p.surveyed {
@@ -219,6 +228,13 @@ func (p *Pump) sweep(ctx context.Context) (swept bool, err error) {
 			}
 		}
 	}
+}
+
+func (p *Pump) hold() string {
+	if p.opts.Hold == nil {
+		return ""
+	}
+	return p.opts.Hold()
 }
 
 // count notes that n more chunks are here.
