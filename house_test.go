@@ -186,7 +186,7 @@ func exportedReceiver(d *ast.FuncDecl) bool {
 // around package disk, where the crashing twin could not follow.
 func TestStateGoesThroughTheDoor(t *testing.T) {
 	rooms := []string{"data/store", "data/volume", "data/cache", "data/journal", "data/converge", "data/fill", "data/sched",
-		"data/fence", "data/replica", "data/writeback", "data/failover"}
+		"data/fence", "data/replica", "data/writeback", "data/failover", "data/sigs"}
 	all, fset := parseHouse(t)
 	for _, s := range all {
 		if !slices.Contains(rooms, room(s.pkg)) {
