@@ -3,6 +3,7 @@ module forerun
 go 1.26.8
 
 require (
+	github.com/buildbarn/go-cdc v0.0.10
 	github.com/coreos/go-systemd/v22 v22.7.0
 	github.com/danielgtaylor/huma/v2 v2.39.0
 	github.com/klauspost/compress v1.20.1

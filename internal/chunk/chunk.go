@@ -6,11 +6,20 @@
 // is; whoever wants the bytes opens it, and opening verifies the signature, so
 // no wrong byte passes here. Codec and algorithm are one byte each, so that
 // another can be added without changing a format.
+//
+// The chunks of a volume have one size. Where content moves by other distances
+// than that, equal bytes are found all the same when a chunk is a region that
+// is cut by what is in it: a Cutter yields pieces, a recipe lists them, and a
+// bundle is the recipe with those of the pieces that the receiver lacks. A
+// region is still asked for, delivered and read as a whole; its signature is
+// that of its recipe, so equal regions have equal signatures.
+//
+// Recipes and plain bytes are signed in different ways, so that no disk can
+// hold plain bytes with the signature of a recipe.
 package chunk
 
 import (
 	"bytes"
-	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -32,16 +41,20 @@ const (
 // SigLen is the length of a signature in bytes.
 const SigLen = sha256.Size
 
-// Sig is a chunk's signature: SHA-256 (FIPS 180-4) of its plain bytes.
+// Sig is a chunk's signature: SHA-256 (FIPS 180-4) of its plain bytes, under
+// the key of its dedup domain if that has one.
 type Sig [SigLen]byte
 
 // String is the signature in hexadecimal.
 func (s Sig) String() string { return hex.EncodeToString(s[:]) }
 
-// AlgoSHA256 is the algorithm byte of formats that hold signatures.
-const AlgoSHA256 = 1
+// The algorithm byte of formats that hold signatures.
+const (
+	AlgoSHA256 = 1 // SHA-256
+	AlgoHMAC   = 2 // HMAC-SHA256, under the key of the dedup domain, of the SHA-256
+)
 
-// Sum computes the signature of plain bytes.
+// Sum computes the signature of plain bytes in the common domain.
 func Sum(plain []byte) Sig { return sha256.Sum256(plain) }
 
 // Codec says how the packed bytes of a chunk are made. The numbers stand in
@@ -67,23 +80,6 @@ const (
 	// pieces that the receiver does not hold. Only on the wire.
 	Bundle Codec = 6
 )
-
-// Key separates dedup domains: signatures under different keys have nothing
-// to do with each other, so who can see one domain's learns nothing of another's
-// content. The zero Key is the common domain, whose signatures are plain SHA-256.
-type Key [32]byte
-
-// Of turns the SHA-256 of some bytes into their signature under k:
-// HMAC-SHA256 (RFC 2104) of it, or itself with the zero Key. So bytes are
-// hashed once, whatever the number of domains.
-func (k *Key) Of(plain Sig) Sig {
-	if *k == (Key{}) {
-		return plain
-	}
-	h := hmac.New(sha256.New, k[:])
-	h.Write(plain[:])
-	return Sig(h.Sum(nil))
-}
 
 // Packed is a sealed chunk. Data belongs to whoever made it; who receives a
 // Packed must copy Data to keep it.
@@ -123,20 +119,26 @@ var (
 // kept: below it the receiver's time costs more than the bytes.
 const minGain = 32 // one 32nd
 
-// Seal computes the signature of plain and packs it with codec into buf's
-// space (buf may be nil; it is grown as needed and its content overwritten).
-// When compression does not pay, the result is Raw and Data is plain itself.
-// Plain bytes that are all zero give codec Zeros and no data.
-func Seal(buf, plain []byte, codec Codec) Packed {
+// Seal is SealUnder in the common domain.
+func Seal(buf, plain []byte, codec Codec) Packed { return SealUnder(&common, buf, plain, codec) }
+
+// SealUnder computes the signature of plain under key and packs it with codec
+// into buf's space (buf may be nil; it is grown as needed and its content
+// overwritten). When compression does not pay, the result is Raw and Data is
+// plain itself. Plain bytes that are all zero give codec Zeros and no data.
+func SealUnder(key *Key, buf, plain []byte, codec Codec) Packed {
 	if AllZero(plain) {
 		return Packed{Codec: Zeros, Plain: len(plain)}
 	}
-	return Pack(buf, plain, Sum(plain), codec)
+	p := Packed{Sig: key.Sum(plain), Plain: len(plain)}
+	p.Codec, p.Data = Pack(buf, plain, codec)
+	return p
 }
 
-// Pack is Seal for plain bytes that are not all zero and whose signature is known.
-func Pack(buf, plain []byte, sig Sig, codec Codec) Packed {
-	p := Packed{Sig: sig, Codec: Raw, Plain: len(plain), Data: plain}
+// Pack compresses plain into buf's space as SealUnder does, without a
+// signature. It returns Raw and plain itself when that does not pay, so the
+// packed bytes are never more than the plain ones.
+func Pack(buf, plain []byte, codec Codec) (Codec, []byte) {
 	var out []byte
 	switch codec {
 	case Zstd:
@@ -144,17 +146,32 @@ func Pack(buf, plain []byte, sig Sig, codec Codec) Packed {
 	case S2:
 		out = s2.Encode(buf[:cap(buf)], plain)
 	default:
-		return p
+		return Raw, plain
 	}
 	if len(out) < len(plain)-len(plain)/minGain {
-		p.Codec, p.Data = codec, out
+		return codec, out
 	}
-	return p
+	return Raw, plain
 }
 
-// Open unpacks p into dst, which must be exactly p.Plain bytes long, and
-// verifies the signature. On error dst's content is undefined.
-func (p Packed) Open(dst []byte) error {
+// Open is OpenUnder in the common domain.
+func (p Packed) Open(dst []byte) error { return p.OpenUnder(&common, dst) }
+
+// OpenUnder unpacks p into dst, which must be exactly p.Plain bytes long, and
+// verifies the signature under key. On error dst's content is undefined.
+// Codecs that name bytes which lie elsewhere (Known, Recipe, Bundle) are not
+// opened here.
+func (p Packed) OpenUnder(key *Key, dst []byte) error {
+	if err := p.unpack(dst); err != nil || p.Codec == Zeros {
+		return err
+	}
+	if found := key.Sum(dst); found != p.Sig {
+		return fmt.Errorf("chunk %s: found %s: %w", p.Sig, found, ErrMismatch)
+	}
+	return nil
+}
+
+func (p Packed) unpack(dst []byte) error {
 	if len(dst) != p.Plain {
 		return fmt.Errorf("chunk %s: plain length is %d, the buffer's %d", p.Sig, p.Plain, len(dst))
 	}
@@ -164,7 +181,6 @@ func (p Packed) Open(dst []byte) error {
 			return fmt.Errorf("chunk of zeros with %d packed bytes: %w", len(p.Data), ErrMismatch)
 		}
 		clear(dst)
-		return nil
 	case Raw:
 		if len(p.Data) != p.Plain {
 			return fmt.Errorf("chunk %s: %d raw bytes for a plain length of %d: %w", p.Sig, len(p.Data), p.Plain, ErrMismatch)
@@ -186,10 +202,7 @@ func (p Packed) Open(dst []byte) error {
 			return fmt.Errorf("chunk %s: s2: %v: %w", p.Sig, err, ErrMismatch)
 		}
 	default:
-		return fmt.Errorf("chunk %s: unknown codec %d: %w", p.Sig, p.Codec, ErrMismatch)
-	}
-	if found := Sum(dst); found != p.Sig {
-		return fmt.Errorf("chunk %s: found %s: %w", p.Sig, found, ErrMismatch)
+		return fmt.Errorf("chunk %s: codec %d cannot be opened: %w", p.Sig, p.Codec, ErrMismatch)
 	}
 	return nil
 }
