@@ -118,10 +118,17 @@ func (r Result) Expect(p Plan) Expectation {
 		perSecond(e.WriteBack), Mbit(up.Rate), p.Ratio)
 
 	e.QoS = full.BloatMS >= 30
-	if e.QoS {
-		say("priorities in the network: the queue of this line holds %.0f ms (%s). Forerun keeps its own share of it near %d ms, so none are needed "+
-			"while it is the main load; if others fill the line, put demand ahead there or shorten the queue", full.BloatMS, full.Grade, ownQueueMS)
-	} else {
+	switch {
+	case e.QoS:
+		under := ""
+		if full.Congestion != "" {
+			under = " under " + full.Congestion
+		}
+		say("priorities in the network: a full line%s makes a read wait %s ms longer (%s). Forerun keeps its own queue near %d ms, so none are needed "+
+			"while it is the main load; if others fill the line, put demand ahead there or shorten the line's queue", under, figure(full.BloatMS), full.Grade, ownQueueMS)
+	case e.More:
+		say("priorities in the network: unknown, what was tried did not fill the line, so its queue was not seen")
+	default:
 		say("priorities in the network: not needed, a full line makes a read wait %s ms longer (%s)", figure(full.BloatMS), full.Grade)
 	}
 	e.congestion(r.Downloads, one, top, say)
@@ -151,6 +158,7 @@ func (e *Expectation) connections(all []Phase, say func(string, ...any)) {
 // congestion is about loss and what the sender makes of it.
 func (e *Expectation) congestion(all []Phase, one, top Phase, say func(string, ...any)) {
 	var sum Loss
+	least := 1.0 // more than that is overflow of the queue by many connections
 	for _, p := range all {
 		if p.Loss == nil {
 			say("loss: unknown, the backend's system does not tell")
@@ -158,6 +166,7 @@ func (e *Expectation) congestion(all []Phase, one, top Phase, say func(string, .
 		}
 		sum.Segments += p.Loss.Segments
 		sum.Again += p.Loss.Again
+		least = min(least, p.Loss.Share)
 	}
 	if sum.Segments > 0 {
 		sum.Share = float64(sum.Again) / float64(sum.Segments)
@@ -166,11 +175,13 @@ func (e *Expectation) congestion(all []Phase, one, top Phase, say func(string, .
 	if sum.Again == 0 {
 		text = fmt.Sprintf("loss: none in %d segments", sum.Segments)
 	}
-	e.BBR = sum.Share > lossy && one.Rate < far*top.Rate && one.Congestion != "bbr"
+	e.BBR = least > lossy && one.Rate < far*top.Rate && one.Congestion != "bbr"
 	switch {
 	case e.BBR:
 		text += fmt.Sprintf(", and one connection under %s comes to %.0f %% of %d; use BBR at the backend (sysctl net.ipv4.tcp_congestion_control=bbr)",
 			one.Congestion, 100*one.Rate/top.Rate, top.Connections)
+	case sum.Share > lossy && least <= lossy:
+		text += "; nearly all by more connections than the line's queue could hold, the line itself loses next to nothing"
 	case sum.Share > lossy:
 		text += fmt.Sprintf("; %s copes, one connection comes to %.0f %% of the best", one.Congestion, 100*one.Rate/top.Rate)
 	}

@@ -39,7 +39,7 @@ func TestExpect(t *testing.T) {
 
 	// Loss halves what one connection gets, and the queue is deep.
 	for i, rate := range []float64{3e6, 12e6} {
-		r.Downloads[i].Rate, r.Downloads[i].Loss.Again = rate, 100
+		r.Downloads[i].Rate, *r.Downloads[i].Loss = rate, Loss{10000, 100, 0.01}
 		r.Downloads[i].RTT.MedianMS, r.Downloads[i].BloatMS = 440, 400
 	}
 	e = r.Expect(Plan{SizeBytes: 1 << 30, Ratio: 1})
@@ -55,6 +55,16 @@ func TestExpect(t *testing.T) {
 	r.Downloads[0].Congestion = "bbr"
 	if e := r.Expect(Plan{SizeBytes: 1, Ratio: 1}); e.BBR {
 		t.Error("BBR is advised to who has it")
+	}
+	// What the queue could not hold is no fault of the line.
+	r.Downloads[0].Congestion, r.Downloads[0].Loss = "cubic", &Loss{Segments: 10000}
+	if e := r.Expect(Plan{SizeBytes: 1, Ratio: 1}); e.BBR || !strings.Contains(strings.Join(e.Lines, "\n"), "the line itself loses next to nothing") {
+		t.Errorf("%+v", e)
+	}
+	r.Downloads[1].BloatMS, r.Downloads[0].BloatMS = 2, 1
+	r.Downloads[1].RTT.MedianMS = 442
+	if e := r.Expect(Plan{SizeBytes: 1, Ratio: 1}); e.QoS || !strings.Contains(strings.Join(e.Lines, "\n"), "its queue was not seen") {
+		t.Errorf("%+v", e)
 	}
 	r.Downloads[1].Loss = nil
 	if e := r.Expect(Plan{SizeBytes: 1, Ratio: 1}); e.BBR || !strings.Contains(strings.Join(e.Lines, "\n"), "loss: unknown") {
