@@ -33,7 +33,7 @@ func rootCommand() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(pkiCommand(), backendCommand(), frontendCommand(), proxyCommand(), versionCommand())
+	root.AddCommand(pkiCommand(), backendCommand(), frontendCommand(), proxyCommand(), linkCommand(), versionCommand())
 	root.AddCommand(cli.Commands()...)
 	return root
 }

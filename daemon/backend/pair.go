@@ -12,6 +12,7 @@ import (
 	"forerun/api"
 	"forerun/block"
 	"forerun/data/fence"
+	"forerun/data/linktest"
 	"forerun/data/writeback"
 	"forerun/disk"
 	"forerun/internal/msg"
@@ -63,6 +64,19 @@ func (b *Backend) also() map[string]func(ctx context.Context, nc net.Conn, role,
 			_ = c.Run(ctx) // how it ended is the frontend's to say
 			c.Wait()
 		},
+		msg.ProtoLinkTest: linktest.NewServer(linktest.ServerOptions{Log: b.cfg.Log, Busy: b.busy}).Attend,
+	}
+}
+
+// busy says what a test of the line would disturb.
+func (b *Backend) busy() string {
+	switch n := b.server.Stats().Sessions; n {
+	case 0:
+		return ""
+	case 1:
+		return "a frontend's session is open"
+	default:
+		return fmt.Sprintf("%d sessions of frontends are open", n)
 	}
 }
 

@@ -84,6 +84,10 @@ type countedConn struct {
 	t *traffic
 }
 
+// NetConn is the connection below, as tls.Conn has it: a protocol that was
+// handed over may ask the socket what TCP knows of the line.
+func (c *countedConn) NetConn() net.Conn { return c.Conn }
+
 func (c *countedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	c.t.received.Add(int64(n))

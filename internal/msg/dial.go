@@ -16,6 +16,7 @@ const (
 	ProtoArbiter   = "forerun-arbiter"
 	ProtoPeer      = "forerun-peer"
 	ProtoWriteBack = "forerun-writeback"
+	ProtoLinkTest  = "forerun-linktest"
 )
 
 // DialTLS returns a Dial for ClientOptions: TCP to addr, then ClientTLS. The

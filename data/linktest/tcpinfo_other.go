@@ -1,0 +1,7 @@
+//go:build !linux
+
+package linktest
+
+import "net"
+
+func readTCP(net.Conn) (tcpInfo, bool) { return tcpInfo{}, false }
