@@ -29,9 +29,6 @@ const (
 	maxPartial = 8               // chunks begun and not finished on one connection
 	maxExtents = 16384           // extents of one answer
 
-	// bundleHeads bounds what a bundle of incompressible pieces has beside them.
-	bundleHeads = 32 << 10
-
 	chunksPerRead = 64 // chunks of one run, see queue.take
 	maxRead       = chunk.MaxSize
 )
@@ -216,7 +213,7 @@ func parseChunk(b []byte) (piece, error) {
 	}
 	most := p.plain
 	if p.codec == chunk.Bundle {
-		most += bundleHeads
+		most = chunk.MaxPacked(p.plain)
 	}
 	if p.index < 0 || p.plain < 1 || p.plain > chunk.MaxSize || p.packed < 1 || p.packed > most || len(p.data) > p.packed {
 		return piece{}, protocol("chunk %d: %d plain, %d packed, %d bytes here", p.index, p.plain, p.packed, len(p.data))
@@ -229,7 +226,7 @@ func parseMore(b []byte) (index int64, off int, data []byte, err error) {
 		return 0, 0, nil, protocol("a continuation frame of %d bytes", len(b))
 	}
 	off = int(binary.BigEndian.Uint32(b[8:]))
-	if off > chunk.MaxSize+bundleHeads {
+	if off > chunk.MaxPacked(chunk.MaxSize) {
 		return 0, 0, nil, protocol("a continuation at %d", off)
 	}
 	return int64(binary.BigEndian.Uint64(b)), off, b[moreHead:], nil

@@ -59,7 +59,7 @@ func FuzzFrames(f *testing.F) {
 				}
 			}
 			if pc, err := parseChunk(p); err == nil {
-				if len(pc.data) > pc.packed || pc.packed > pc.plain+bundleHeads || pc.plain > chunk.MaxSize || pc.index < 0 {
+				if len(pc.data) > pc.packed || pc.packed > chunk.MaxPacked(pc.plain) || pc.plain > chunk.MaxSize || pc.index < 0 {
 					t.Fatalf("%+v", pc)
 				}
 			}

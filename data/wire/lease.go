@@ -22,7 +22,7 @@ type lease struct {
 
 // slack lets a compressor run a little over before it is found not to pay, and a
 // bundle have its heads.
-const slack = bundleHeads
+const slack = 32 << 10
 
 // get lends a buffer with room for n bytes, at most maxRead.
 func (l *leases) get(n int) *lease {

@@ -332,11 +332,11 @@ func (r *Remote) place(p []byte, off, i int64, q chunk.Packed) error {
 	from, to := max(begin, off), min(end, off+int64(len(p)))
 	var err error
 	if from == begin && to == end {
-		err = q.Open(p[from-off : to-off])
+		err = r.unpack(q, p[from-off:to-off])
 	} else {
 		x := r.c.leases.get(q.Plain)
 		defer x.release()
-		if err = q.Open(x.b[:q.Plain]); err == nil {
+		if err = r.unpack(q, x.b[:q.Plain]); err == nil {
 			copy(p[from-off:to-off], x.b[from-begin:to-begin])
 		}
 	}
@@ -344,6 +344,41 @@ func (r *Remote) place(p []byte, off, i int64, q chunk.Packed) error {
 		return &block.Error{Op: "wire.read", Object: r.name, Kind: block.KindCorrupt, Err: err}
 	}
 	return nil
+}
+
+// unpack opens a chunk that came with all its bytes.
+func (r *Remote) unpack(q chunk.Packed, dst []byte) error {
+	if q.Codec != chunk.Bundle {
+		return q.OpenUnder(r.key(), dst)
+	}
+	_, pieces, err := chunk.ParseBundle(r.key(), q, nil)
+	if err != nil {
+		return err
+	}
+	seen := map[chunk.Sig][]byte{}
+	for _, piece := range pieces {
+		to := dst[:piece.Plain]
+		dst = dst[piece.Plain:]
+		if piece.Codec != chunk.Known {
+			if err := piece.OpenUnder(r.key(), to); err != nil {
+				return err
+			}
+			seen[piece.Sig] = to
+			continue
+		}
+		if copy(to, seen[piece.Sig]) != len(to) {
+			return fmt.Errorf("a bundle without piece %s: %w", piece.Sig, chunk.ErrMismatch)
+		}
+	}
+	return nil
+}
+
+// key is that of the volume's signatures.
+func (r *Remote) key() *chunk.Key {
+	if r.site == nil {
+		return &chunk.Key{}
+	}
+	return &r.site.site.key
 }
 
 func (r *Remote) readOnly(op string) error {

@@ -313,3 +313,56 @@ func TestSignaturesRunAhead(t *testing.T) {
 		}
 	})
 }
+
+// TestBundles: a volume cut by content is read as any other, and what the site
+// holds of a chunk's pieces does not cross.
+func TestBundles(t *testing.T) {
+	src := newSource(16*256*kib, 1, "id")
+	src.unit = 256 * kib
+	clear(src.data[5*256*kib : 6*256*kib])
+	copy(src.data[7*256*kib+4096:8*256*kib], src.data[:256*kib]) // chunk 0, moved
+	cut := must(chunk.NewCutter(256 * kib))
+	for _, key := range []chunk.Key{{}, {9}} {
+		inWorld(t, wan.Link{Delay: 10 * time.Millisecond, Rate: 12.5e6}, src, func(w *world) {
+			mem := newMemory()
+			look := func(string) (Served, error) {
+				return Served{Device: src, ChunkBytes: 256 * kib, Signatures: mem, Cutter: cut}, nil
+			}
+			w.lookup.Store(&look)
+			w.serve()
+			c := must(Dial(w.ctx, w.client))
+			defer c.Close()
+			sh := newShelf(key)
+			r := must(c.OpenFor(w.ctx, "disk", sh.Site))
+			if err := w.read(r, 1000*512, 3*mib); err != nil {
+				t.Fatal(err)
+			}
+			first := fetch(w, r, block.Demand, 0)[0]
+			_, pieces, err := chunk.ParseBundle(&key, first, nil)
+			if err != nil || first.Sig != cut.Sum(&key, src.data[:256*kib]) {
+				t.Fatalf("%v, %s", err, first.Sig)
+			}
+			for _, p := range pieces {
+				sh.Added(p.Sig)
+			}
+			time.Sleep(time.Second)
+			moved := fetch(w, r, block.Background, 7, 5)
+			if n := len(moved[7].Data); moved[7].Codec != chunk.Bundle || n > 256*kib/4 {
+				t.Errorf("of a chunk that moved %d bytes crossed, codec %d", n, moved[7].Codec)
+			}
+			if moved[5].Codec != chunk.Zeros {
+				t.Errorf("zeros came as codec %d", moved[5].Codec)
+			}
+			sh.Added(first.Sig)
+			time.Sleep(time.Second)
+			if p := fetch(w, r, block.Demand, 0)[0]; p.Codec != chunk.Known || p.Sig != first.Sig {
+				t.Errorf("a chunk whose recipe is held came as codec %d", p.Codec)
+			}
+			if p := fetch(w, r, block.Demand|block.Full, 0)[0]; p.Codec != chunk.Bundle || len(p.Data) < 256*kib {
+				t.Errorf("with all its bytes it came as codec %d with %d", p.Codec, len(p.Data))
+			}
+		})
+	}
+}
+
+const mib = 1 << 20

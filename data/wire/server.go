@@ -74,9 +74,12 @@ type Served struct {
 	ChunkBytes int // a power of two from chunk.MinSize to chunk.MaxSize
 	// Signatures remembers what chunks hold; nil remembers nothing.
 	Signatures Signatures
+	// Cutter cuts chunks into pieces by content, nil does not. It was made for
+	// ChunkBytes. Signatures are those of recipes then, with the zero key.
+	Cutter *chunk.Cutter
 }
 
-// Signatures remembers the SHA-256 of chunks, so that what is known needs
+// Signatures remembers the SHA-256 of chunks (with a Cutter, Cutter.Sum), so that what is known needs
 // neither be read nor hashed again. It may forget at any time, and must
 // when a chunk changes. It may be called from many goroutines.
 type Signatures interface {
@@ -169,6 +172,13 @@ func def[T int | time.Duration](p *T, d T) {
 	if *p <= 0 {
 		*p = d
 	}
+}
+
+// DemandWaits says whether a chunk is under way that a workload waits for.
+func (s *Server) DemandWaits() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.demandBusy > 0
 }
 
 // Serve accepts connections from ln until ctx ends, which returns nil, or ln

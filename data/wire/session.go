@@ -79,7 +79,8 @@ type sconn struct {
 type servedVolume struct {
 	volumeInfo
 	dev     block.Device
-	sigs    Signatures // nil: nothing is remembered
+	sigs    Signatures    // nil: nothing is remembered
+	cutter  *chunk.Cutter // nil: chunks are fixed
 	name    string
 	handle  uint16
 	site    uint8 // dedup domain, 0 for none
@@ -297,7 +298,10 @@ func (c *sconn) lookup(o openOrder, handle uint16) (*servedVolume, error) {
 		return nil, block.E("wire.open", name, 0, err)
 	}
 	v := &servedVolume{volumeInfo: volumeInfo{info: found.Device.Info(), chunk: found.ChunkBytes}, dev: found.Device,
-		sigs: found.Signatures, name: name, handle: handle, site: o.site, key: o.key}
+		sigs: found.Signatures, cutter: found.Cutter, name: name, handle: handle, site: o.site, key: o.key}
+	if v.cutter != nil && v.key != (chunk.Key{}) {
+		v.sigs = nil // recipes are made of signatures under the key, which cannot be had from others
+	}
 	if err := checkVolume(v.volumeInfo); err != nil {
 		return nil, &block.Error{Op: "wire.open", Object: name, Kind: block.KindUnsupported, Err: err}
 	}

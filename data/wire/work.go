@@ -312,11 +312,13 @@ func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
 	}
 	// Incompressible chunks are not probed for: zstd's fastest level gives up on
 	// them after a quarter of the time their signature takes.
-	p := s.sign(j, plain)
+	var p chunk.Packed
 	var out *lease
-	if p.Codec == chunk.Raw {
+	if j.vol.cutter != nil {
+		p, out = s.bundle(j, plain)
+	} else if p = s.sign(j, plain); p.Codec == chunk.Raw {
 		out = s.leases.get(len(plain))
-		if p = chunk.Pack(out.b, plain, p.Sig, s.o.Codec); p.Codec == chunk.Raw {
+		if p.Codec, p.Data = chunk.Pack(out.b, plain, s.o.Codec); p.Codec == chunk.Raw {
 			out.release()
 			buf.retain()
 			out = buf
@@ -325,6 +327,30 @@ func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.ready(j, p, out)
+}
+
+// bundle packs a chunk that is cut by content.
+func (s *Server) bundle(j *job, plain []byte) (chunk.Packed, *lease) {
+	v := j.vol
+	var held func(chunk.Sig) bool
+	if !j.flags.Has(block.Full) && v.view != nil {
+		held = func(sig chunk.Sig) bool { return v.view.has(markOf(&sig)) }
+	}
+	out := s.leases.get(len(plain))
+	p := chunk.BuildBundle(out.b, plain, v.cutter, &v.key, func(buf, piece []byte) (chunk.Codec, []byte) {
+		return chunk.Pack(buf, piece, s.o.Codec)
+	}, held)
+	if p.Codec != chunk.Zeros {
+		s.hashed.Add(int64(len(plain)))
+	}
+	if v.sigs != nil {
+		v.sigs.Learn(j.key.index, j.token, p.Sig, p.Codec == chunk.Zeros)
+	}
+	if p.Codec != chunk.Bundle {
+		out.release()
+		out = nil
+	}
+	return p, out
 }
 
 // sign finds out what plain holds: zeros, a chunk that the client has, or one

@@ -149,3 +149,9 @@ func ParseBundle(key *Key, p Packed, dst []Packed) (recipe []byte, pieces []Pack
 	}
 	return recipe, pieces, nil
 }
+
+// Sum is the signature, under key, of a region that is not all zero: that of its recipe.
+func (c *Cutter) Sum(key *Key, plain []byte) Sig {
+	pieces := c.pieces(plain, key)
+	return key.recipeSum(appendRecipe(make([]byte, 0, 1+len(pieces)*(pieceWord+SigLen)), pieces))
+}
