@@ -7,6 +7,7 @@ import (
 
 	"forerun/data/store/internal/runs"
 	"forerun/disk/disktest"
+	"forerun/internal/chunk"
 )
 
 // FuzzScan: whatever a pack holds, a scan ends, stays inside, and yields only
@@ -16,7 +17,7 @@ func FuzzScan(f *testing.F) {
 	salt := saltOf(id, 1)
 	var pack []byte
 	head := make([]byte, packHeader)
-	putPackHeader(head, id, 1)
+	putPackHeader(head, id, chunk.KeyID{}, 1)
 	pack = append(pack, head...)
 	for i := range 4 {
 		x := small(i)
@@ -85,14 +86,14 @@ func FuzzOpenPack(f *testing.F) {
 
 // FuzzManifest: parse and marshal agree.
 func FuzzManifest(f *testing.F) {
-	m := &manifest{gen: 3, nextRun: 9, nextPack: 4, pos: position{3, 640}, runs: []uint32{8, 2},
+	m := &manifest{key: chunk.KeyID{1, 2, 3}, gen: 3, nextRun: 9, nextPack: 4, pos: position{3, 640}, runs: []uint32{8, 2},
 		packs: []packState{{1, 99, tally{1, 2, 3}}, {3, 640, tally{4, 5, 6}}}, building: true}
 	f.Add(m.marshal())
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		for range 2 {
 			if m, err := parseManifest(b); err == nil {
-				if n, err := parseManifest(m.marshal()); err != nil || len(n.runs) != len(m.runs) || len(n.packs) != len(m.packs) || n.pos != m.pos {
+				if n, err := parseManifest(m.marshal()); err != nil || len(n.runs) != len(m.runs) || len(n.packs) != len(m.packs) || n.pos != m.pos || n.key != m.key {
 					t.Fatalf("%+v became %+v: %v", m, n, err)
 				}
 			}

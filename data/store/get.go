@@ -55,7 +55,7 @@ func (s *Store) Get(sig chunk.Sig, dst []byte) error {
 		err = s.read(&sig, at, (*buf)[:at.Len])
 		if err == nil {
 			p := chunk.Packed{Sig: sig, Codec: at.Codec, Plain: len(dst), Data: (*buf)[:at.Len]}
-			if err = p.Open(dst); err != nil {
+			if err = p.OpenUnder(&s.opt.Key, dst); err != nil {
 				err = &Damage{Sig: sig, Pack: packName(at.Pack), Off: at.At(), Expected: "signature " + sig.String(),
 					Found: err.Error(), Err: err}
 			}

@@ -10,12 +10,14 @@ import (
 	"forerun/block"
 	"forerun/data/store/internal/runs"
 	"forerun/disk"
+	"forerun/internal/chunk"
 )
 
 const (
 	manifestMagic   = 0x50414d46 // "FMAP"
-	manifestVersion = 1
-	manifestHeader  = 64
+	manifestVersion = 2          // 1 had no key id
+	manifestHeader  = 72
+	manifestHeader1 = 64
 	manifestRun     = 8
 	manifestPack    = 40
 	manifestName    = "MAP"
@@ -34,6 +36,7 @@ type position struct {
 // the log is in them.
 type manifest struct {
 	id       storeID
+	key      chunk.KeyID
 	gen      uint64 // counts manifests
 	nextRun  uint32
 	nextPack uint32
@@ -65,6 +68,7 @@ func (m *manifest) marshal() []byte {
 	if m.building {
 		le.PutUint32(b[60:], flagBuilding)
 	}
+	copy(b[64:72], m.key[:])
 	o := manifestHeader
 	for _, r := range m.runs {
 		le.PutUint32(b[o:], r)
@@ -84,22 +88,29 @@ func (m *manifest) marshal() []byte {
 
 func parseManifest(b []byte) (*manifest, error) {
 	le := binary.LittleEndian
-	if len(b) < manifestHeader+4 || le.Uint32(b) != manifestMagic ||
+	if len(b) < manifestHeader1+4 || le.Uint32(b) != manifestMagic ||
 		le.Uint32(b[len(b)-4:]) != crc32.Checksum(b[:len(b)-4], castagnoli) {
 		return nil, fmt.Errorf("%s does not match its checksum: %w", manifestName, runs.ErrDamaged)
 	}
-	if v := le.Uint32(b[4:]); v != manifestVersion {
+	v := le.Uint32(b[4:])
+	if v < 1 || v > manifestVersion {
 		return nil, block.E("store.open", manifestName, block.KindUnsupported,
-			fmt.Errorf("it has version %d, this program reads version %d: use the program that wrote it", v, manifestVersion))
+			fmt.Errorf("it has version %d, this program reads versions up to %d: use the program that wrote it", v, manifestVersion))
 	}
 	m := &manifest{gen: le.Uint64(b[24:]), nextRun: le.Uint32(b[32:]), nextPack: le.Uint32(b[36:]),
 		pos: position{le.Uint32(b[40:]), int64(le.Uint64(b[44:]))}, building: le.Uint32(b[60:])&flagBuilding != 0}
 	copy(m.id[:], b[8:24])
 	nr, np := int64(le.Uint32(b[52:])), int64(le.Uint32(b[56:]))
-	if int64(len(b)) != manifestHeader+nr*manifestRun+np*manifestPack+4 || m.pos.Off < 0 {
+	o := manifestHeader
+	if v == 1 {
+		o = manifestHeader1
+	}
+	if int64(len(b)) != int64(o)+nr*manifestRun+np*manifestPack+4 || m.pos.Off < 0 {
 		return nil, fmt.Errorf("%s has another length than it says: %w", manifestName, runs.ErrDamaged)
 	}
-	o := manifestHeader
+	if v > 1 {
+		copy(m.key[:], b[64:72])
+	}
 	for range nr {
 		m.runs = append(m.runs, le.Uint32(b[o:]))
 		o += manifestRun
@@ -219,7 +230,7 @@ func (s *Store) snapshotLocked() snapshot {
 }
 
 func (s *Store) manifestOf(sn snapshot, rs []*sharedRun) *manifest {
-	m := &manifest{id: s.id, nextRun: s.nextRun, nextPack: sn.nextPack, pos: sn.pos, building: sn.building}
+	m := &manifest{id: s.id, key: s.opt.Key.ID(), nextRun: s.nextRun, nextPack: sn.nextPack, pos: sn.pos, building: sn.building}
 	// A pack removed since: the runs may have forgotten its chunks, so it must not
 	// count should a power cut bring it back.
 	s.mu.RLock()

@@ -36,7 +36,7 @@ func (s *Store) Put(p chunk.Packed) (added bool, err error) {
 	}
 	if s.opt.Verify {
 		buf := s.bufs.get(p.Plain)
-		err := p.Open((*buf)[:p.Plain])
+		err := p.OpenUnder(&s.opt.Key, (*buf)[:p.Plain])
 		s.bufs.put(buf)
 		if err != nil {
 			return false, block.E(op, "chunk "+p.Sig.String(), block.KindCorrupt, err)
@@ -94,7 +94,7 @@ func (s *Store) put(p chunk.Packed) (bool, error) {
 	if err := s.makeRoom(); err != nil {
 		return false, err
 	}
-	l := runs.Loc{Len: uint32(len(p.Data)), Plain: uint32(p.Plain), Codec: p.Codec, Algo: chunk.AlgoSHA256,
+	l := runs.Loc{Len: uint32(len(p.Data)), Plain: uint32(p.Plain), Codec: p.Codec, Algo: s.opt.Key.Algo(),
 		CRC: crc32.Checksum(p.Data, castagnoli)}
 	s.appendMu.Lock()
 	to, err := s.appendRecord(&p.Sig, l, p.Data)
@@ -195,7 +195,7 @@ func (s *Store) newPack() (*pack, error) {
 		return nil, err
 	}
 	var h [packHeader]byte
-	putPackHeader(h[:], s.id, id)
+	putPackHeader(h[:], s.id, s.opt.Key.ID(), id)
 	if _, err := w.WriteAt(h[:], 0); err != nil {
 		w.Close()
 		s.fs.Remove(path)

@@ -13,7 +13,7 @@ import (
 // The pack format; FORMAT.md has the tables.
 const (
 	packMagic    = 0x4b415046 // "FPAK"
-	packVersion  = 1
+	packVersion  = 2          // 1 had no key id and no recipes
 	packHeader   = 64
 	recordMagic  = 0x4b4e4843 // "CHNK"
 	recordHeader = 64
@@ -30,7 +30,7 @@ func recordSize(n int) int64 { return (int64(recordHeader+n) + runs.Align - 1) &
 // span is the size of the record of a place.
 func span(l runs.Loc) int64 { return recordSize(int(l.Len)) }
 
-func putPackHeader(b []byte, id storeID, pack uint32) {
+func putPackHeader(b []byte, id storeID, key chunk.KeyID, pack uint32) {
 	_ = b[packHeader-1]
 	clear(b[:packHeader])
 	le := binary.LittleEndian
@@ -39,27 +39,31 @@ func putPackHeader(b []byte, id storeID, pack uint32) {
 	le.PutUint32(b[8:], pack)
 	le.PutUint32(b[12:], packHeader)
 	copy(b[16:32], id[:])
+	copy(b[32:40], key[:])
 	le.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
 }
 
-// parsePackHeader returns the store's id. newer says that the header is whole
-// but of a version this program does not know.
-func parsePackHeader(b []byte, pack uint32) (id storeID, newer bool, err error) {
+// parsePackHeader returns the id of the store and that of its key. newer says
+// that the header is whole but of a version this program does not know.
+func parsePackHeader(b []byte, pack uint32) (id storeID, key chunk.KeyID, newer bool, err error) {
 	le := binary.LittleEndian
 	switch {
 	case len(b) < packHeader:
-		return id, false, io.ErrUnexpectedEOF
+		return id, key, false, io.ErrUnexpectedEOF
 	case le.Uint32(b[0:]) != packMagic:
-		return id, false, fmt.Errorf("no pack header")
+		return id, key, false, fmt.Errorf("no pack header")
 	case le.Uint32(b[60:]) != crc32.Checksum(b[:60], castagnoli):
-		return id, false, fmt.Errorf("the pack header does not match its checksum")
-	case le.Uint32(b[4:]) != packVersion:
-		return id, true, fmt.Errorf("pack version %d, this program reads version %d", le.Uint32(b[4:]), packVersion)
+		return id, key, false, fmt.Errorf("the pack header does not match its checksum")
+	case le.Uint32(b[4:]) < 1 || le.Uint32(b[4:]) > packVersion:
+		return id, key, true, fmt.Errorf("pack version %d, this program reads versions up to %d", le.Uint32(b[4:]), packVersion)
 	case le.Uint32(b[8:]) != pack:
-		return id, false, fmt.Errorf("the header is that of pack %08x", le.Uint32(b[8:]))
+		return id, key, false, fmt.Errorf("the header is that of pack %08x", le.Uint32(b[8:]))
 	}
 	copy(id[:], b[16:32])
-	return id, false, nil
+	if le.Uint32(b[4:]) > 1 {
+		copy(key[:], b[32:40])
+	}
+	return id, key, false, nil
 }
 
 // saltOf seeds the checksums of a pack's record headers, so that bytes of
@@ -101,8 +105,8 @@ func parseRecord(b []byte, salt, pack uint32, off int64) (e runs.Entry, ok bool)
 	e.Loc = runs.Loc{Pack: pack, Off: uint32(off / runs.Align), Len: le.Uint32(b[8:]), Plain: le.Uint32(b[12:]),
 		CRC: le.Uint32(b[56:]), Key: le.Uint32(b[16:]), Codec: chunk.Codec(b[5]), Algo: b[6]}
 	copy(e.Sig[:], b[24:56])
-	ok = b[4] == kindChunk && le.Uint32(b[20:]) == pack && e.Algo == chunk.AlgoSHA256 &&
-		e.Codec < chunk.Zeros && e.Len >= 1 && e.Len <= chunk.MaxSize && e.Plain >= 1 && e.Plain <= chunk.MaxSize
+	ok = b[4] == kindChunk && le.Uint32(b[20:]) == pack && (e.Algo == chunk.AlgoSHA256 || e.Algo == chunk.AlgoHMAC) &&
+		(e.Codec < chunk.Zeros || e.Codec == chunk.Recipe) && e.Len >= 1 && e.Len <= chunk.MaxSize && e.Plain >= 1 && e.Plain <= chunk.MaxSize
 	return e, ok
 }
 
@@ -156,6 +160,26 @@ func scan(r io.ReaderAt, size, from int64, salt, pack uint32, buf []byte, yield 
 		s.End = min(off, size)
 	}
 	return s, nil
+}
+
+// headers walks the record headers of a pack up to size without reading what
+// is between them, so it does not see whether payloads are whole.
+func headers(r io.ReaderAt, size int64, salt, pack uint32, yield func(e *runs.Entry)) {
+	w := window{r: r, size: size, buf: make([]byte, 4096)}
+	for off := int64(packHeader); off+recordHeader <= size; {
+		b, err := w.at(off, recordHeader)
+		if err != nil {
+			off = (off + 4096) &^ 4095
+			continue
+		}
+		e, ok := parseRecord(b, salt, pack, off)
+		if !ok {
+			off += runs.Align
+			continue
+		}
+		yield(&e)
+		off += span(e.Loc)
+	}
 }
 
 func (s *scanned) miss(gap *bool) {

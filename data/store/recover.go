@@ -9,6 +9,7 @@ import (
 	"forerun/block"
 	"forerun/data/store/internal/runs"
 	"forerun/disk"
+	"forerun/internal/chunk"
 )
 
 // recover brings the map to the state of the packs: the manifest's runs, then
@@ -37,7 +38,11 @@ func (s *Store) recover() error {
 	}
 	if m != nil {
 		s.id, s.mapGen = m.id, m.gen
-	} else if err := s.idFromPacks(files); err != nil {
+		err = s.checkKey(m.key)
+	} else {
+		err = s.idFromPacks(files)
+	}
+	if err != nil {
 		return err
 	}
 	if err := s.tidyMap(rs); err != nil {
@@ -136,30 +141,40 @@ func (s *Store) loadMap() (*manifest, []*sharedRun, error) {
 	return m, rs, nil
 }
 
+// checkKey refuses a store of another dedup domain: its signatures say nothing
+// under our key.
+func (s *Store) checkKey(found chunk.KeyID) error {
+	if ours := s.opt.Key.ID(); found != ours {
+		return block.E("store.open", s.dir, block.KindInvalid, fmt.Errorf(
+			"it belongs to another dedup domain: its key id is %x, that of the key given is %x; open it with its own key, or use another directory", found, ours))
+	}
+	return nil
+}
+
 // idFromPacks takes the store's id from the first pack whose header is whole.
 func (s *Store) idFromPacks(files []uint32) error {
 	for _, id := range files {
-		found, newer, err := s.readHeader(id)
+		found, key, newer, err := s.readHeader(id)
 		if newer {
 			return block.E("store.open", packName(id), block.KindUnsupported, err)
 		}
 		if err == nil {
 			s.id = found
-			return nil
+			return s.checkKey(key)
 		}
 	}
 	return nil
 }
 
-func (s *Store) readHeader(id uint32) (found storeID, newer bool, err error) {
+func (s *Store) readHeader(id uint32) (found storeID, key chunk.KeyID, newer bool, err error) {
 	f, err := s.fs.Open(s.packPath(id), disk.Read)
 	if err != nil {
-		return found, false, err
+		return found, key, false, err
 	}
 	defer f.Close()
 	var b [packHeader]byte
 	if n, err := f.ReadAt(b[:], 0); n < len(b) {
-		return found, false, err
+		return found, key, false, err
 	}
 	return parsePackHeader(b[:], id)
 }
@@ -281,7 +296,7 @@ func (s *Store) replay(files []uint32, from position) error {
 
 // replayPack reads one pack and cuts its torn tail.
 func (s *Store) replayPack(p *pack, start int64, buf []byte, after func() error) (scanned, error) {
-	if _, newer, err := s.readHeader(p.id); newer {
+	if _, _, newer, err := s.readHeader(p.id); newer {
 		return scanned{}, block.E("store.open", packName(p.id), block.KindUnsupported, err)
 	} else if err != nil && p.end > packHeader {
 		s.log.Warn("store: a pack's header is damaged; its records are read with the store's id", "pack", packName(p.id), "error", err)

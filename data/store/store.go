@@ -29,6 +29,9 @@ type Options struct {
 	// SweepBelow is the share of a pack, between 0 and 1, that must be live for
 	// Sweep to leave it alone; 0.5 by default.
 	SweepBelow float64
+	// Key is that of the store's dedup domain; the zero Key is the common one. A
+	// store is one domain: opened with another key it is refused (KindInvalid).
+	Key chunk.Key
 	// Verify has Put open each chunk, which verifies its signature.
 	Verify bool
 	// Log gets changes of state; nil for none.
