@@ -109,6 +109,9 @@ func TestLostSourceIsShown(t *testing.T) {
 	}
 	p.end(t, syscall.SIGKILL)
 	s.await(s.backend, func() bool { return strings.Contains(waiting(), "the source does not answer") })
+	s.await(s.frontend, func() bool {
+		return strings.Contains(s.status("v").Waiting, "the source does not answer the backend "+s.addr)
+	})
 	copying := start(t, s.path("copy.log"), "nbdcopy", s.uri("v"), s.path("out.raw"))
 	p = kit()
 	defer p.end(t, syscall.SIGKILL)
@@ -117,4 +120,5 @@ func TestLostSourceIsShown(t *testing.T) {
 		t.Fatal(err)
 	}
 	same(t, src, s.path("out.raw"))
+	s.await(s.frontend, func() bool { return s.status("v").Waiting == "" })
 }

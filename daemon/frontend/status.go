@@ -67,6 +67,7 @@ func (f *Frontend) status(name string) api.Volume {
 	if problem == "" {
 		problem = b.problem
 	}
+	away := b.away[name]
 	f.mu.Unlock()
 	s := api.Volume{Volume: name, Role: api.RoleFrontend, Phase: api.PhaseStarting, Primary: api.PrimarySource,
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"}}
@@ -87,6 +88,9 @@ func (f *Frontend) status(name string) api.Volume {
 		if problem != "" {
 			s.Waiting = problem
 		}
+	}
+	if s.Waiting == "" && away != "" && s.Primary == api.PrimarySource && s.Chunks.Absent > 0 {
+		s.Waiting = "the source does not answer the backend " + b.addr + ": " + away
 	}
 	f.pairStatus(name, v, &s)
 	st := f.store.Stats()
