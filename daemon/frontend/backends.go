@@ -83,7 +83,11 @@ func (f *Frontend) needs(b *backendLink) bool {
 	defer f.mu.Unlock()
 	return slices.ContainsFunc(b.volumes, func(name string) bool {
 		v := f.volumes[name]
-		return f.over[name] == "" && (v == nil || !v.Switched())
+		if v == nil {
+			_, stranded := f.stranded[name]
+			return f.over[name] == "" && !stranded
+		}
+		return !v.Switched()
 	})
 }
 

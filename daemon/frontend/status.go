@@ -73,9 +73,13 @@ func (f *Frontend) status(name string) api.Volume {
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"}}
 	if v != nil {
 		s = v.Status()
+	} else {
+		f.strandedStatus(name, &s)
 	}
 	s.Backend = b.addr
-	s.WAN.LastError = problem
+	if s.Primary == api.PrimarySource {
+		s.WAN.LastError = problem
+	}
 	if client != nil {
 		c := client.Stats()
 		s.WAN.Connected = c.Up
@@ -110,7 +114,7 @@ func (f *Frontend) opened(name string) (*stack.Volume, error) {
 	if _, err := f.Volume(name); err != nil {
 		return nil, err
 	}
-	return nil, block.E("volume", name, block.KindUnavailable, fmt.Errorf("the volume is not open yet; the backend %s has not answered", f.link(name).addr))
+	return nil, block.E("volume", name, block.KindUnavailable, f.notOpen(name))
 }
 
 // Fill is serve.Controller.
