@@ -132,6 +132,8 @@ func (c *Client) do(ctx context.Context, method, p string, in, out any) error {
 			for _, d := range e.Errors {
 				text += "; " + d.Location + ": " + d.Message
 			}
+		} else if resp.StatusCode == http.StatusNotFound {
+			text = fmt.Sprintf("the daemon does not know %s %s; does it run the same version?", method, p)
 		}
 		return &block.Error{Op: op, Kind: kind(resp.StatusCode), Err: errors.New(text)}
 	}

@@ -85,6 +85,21 @@ func (Unsupported) SetPolicy(_ context.Context, volume string, _ api.PolicyReque
 	return cannot("policy", volume, "this daemon keeps no changes; ask the frontend that serves the volume")
 }
 
+// noOrders is the Controller of a daemon that is no frontend: it says so.
+type noOrders struct{}
+
+func (noOrders) Fill(_ context.Context, volume string, _ api.FillRequest) error {
+	return cannot("fill", volume, "this daemon fills nothing; give the --state of the frontend that serves the volume")
+}
+
+func (noOrders) Cutover(_ context.Context, volume string, _ api.CutoverRequest) error {
+	return cannot("cutover", volume, "this daemon has no volume to move to a native disk; give the --state of the frontend that serves the volume")
+}
+
+func (noOrders) CancelCutover(_ context.Context, volume string) error {
+	return cannot("cutover", volume, "this daemon moves nothing to a native disk; give the --state of the frontend that serves the volume")
+}
+
 type (
 	nodeOut    struct{ Body api.Node }
 	volumesOut struct{ Body []api.Volume }
@@ -118,9 +133,9 @@ type (
 	}
 )
 
-// Handler serves the API of d. c is nil for a daemon that takes no orders, and
-// without a pair (the first one counts) those of PairController are answered
-// with 501; metrics answers at api.PathMetrics.
+// Handler serves the API of d. With a nil c the orders of Controller, and
+// without a pair (the first one counts) those of PairController, are answered
+// with 501 and who takes them; metrics answers at api.PathMetrics.
 func Handler(d Daemon, c Controller, version string, metrics http.Handler, pair ...PairController) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET "+api.PathMetrics, metrics)
@@ -166,7 +181,7 @@ func Handler(d Daemon, c Controller, version string, metrics http.Handler, pair 
 		return answer(in.Volume, p.SetPolicy(ctx, in.Volume, in.Body))
 	})
 	if c == nil {
-		return mux
+		c = noOrders{}
 	}
 	huma.Post(h, api.PathFill, func(ctx context.Context, in *fillIn) (*volumeOut, error) {
 		return answer(in.Volume, c.Fill(ctx, in.Volume, in.Body))

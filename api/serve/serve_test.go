@@ -65,11 +65,16 @@ func start(t *testing.T) (*fake, string) {
 
 func run(t *testing.T, f *fake, pc ...serve.PairController) string {
 	t.Helper()
+	return handle(t, f, f, pc...)
+}
+
+func handle(t *testing.T, f *fake, orders serve.Controller, pc ...serve.PairController) string {
+	t.Helper()
 	dir := t.TempDir()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "m 1\n") })
-	go func() { done <- serve.Run(ctx, dir, serve.Handler(f, f, "test", metrics, pc...)) }()
+	go func() { done <- serve.Run(ctx, dir, serve.Handler(f, orders, "test", metrics, pc...)) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -154,6 +159,21 @@ func TestOrdersWithoutAPair(t *testing.T) {
 		},
 	} {
 		if _, err := call(); block.KindOf(err) != block.KindUnsupported || !strings.Contains(err.Error(), "this daemon") {
+			t.Errorf("%s answers %v", what, err)
+		}
+	}
+}
+
+// TestOrdersOfAFrontend: a daemon that is none says who takes them.
+func TestOrdersOfAFrontend(t *testing.T) {
+	dir := handle(t, &fake{}, nil)
+	ctx, c := t.Context(), client.New(dir)
+	for what, call := range map[string]func() (api.Volume, error){
+		"fill":    func() (api.Volume, error) { return c.Fill(ctx, "v", api.FillRequest{Action: "pause"}) },
+		"cutover": func() (api.Volume, error) { return c.Cutover(ctx, "v", api.CutoverRequest{To: "/x"}) },
+		"cancel":  func() (api.Volume, error) { return c.CancelCutover(ctx, "v") },
+	} {
+		if _, err := call(); block.KindOf(err) != block.KindUnsupported || !strings.Contains(err.Error(), "frontend that serves the volume") {
 			t.Errorf("%s answers %v", what, err)
 		}
 	}

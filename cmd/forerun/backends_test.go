@@ -124,23 +124,20 @@ func (s *twoBackends) fill(action, volume string) {
 }
 
 // TestTwoBackends serves a volume from each of two backends. Whatever becomes
-// of one, from a first start without it to its loss, concerns its volume alone.
+// of one concerns its volume alone.
 func TestTwoBackends(t *testing.T) {
 	need(t, "nbdcopy", "cmp")
 	s := newTwoBackends(t)
 	a, b := s.disk("a.raw", 16*mib, 21), s.disk("b.raw", 16*mib, 22)
 	volumes := []string{"a", "b=" + s.addr2}
 	s.startBackend("a=" + a)
-	s.startFrontend(volumes, "--fill-paused", "--checkpoint-interval", "1h")
-	s.copied("a", a)
-	if v := s.status("b"); v.Backend != s.addr2 || !strings.Contains(v.Waiting, s.addr2) || v.WAN.Connected {
-		t.Errorf("before its backend was there: %q %q %+v", v.Backend, v.Waiting, v.WAN)
-	}
-	if v := s.status("a"); v.Backend != s.addr || v.Waiting != "" || !v.WAN.Connected {
-		t.Errorf("beside a backend that is not there: %q %q %+v", v.Backend, v.Waiting, v.WAN)
-	}
 	s.startSecond("b=" + b)
-	s.await(s.frontend, func() bool { return s.status("b").SizeBytes == 16*mib && s.status("b").WAN.Connected })
+	s.startFrontend(volumes, "--fill-paused", "--checkpoint-interval", "1h")
+	for volume, addr := range map[string]string{"a": s.addr, "b": s.addr2} {
+		if v := s.status(volume); v.Backend != addr || v.Waiting != "" || !v.WAN.Connected {
+			t.Errorf("%s: backend %s, waiting %q, %+v", volume, v.Backend, v.Waiting, v.WAN)
+		}
+	}
 	n, err := client.New(s.path("fstate")).Node(t.Context())
 	if err != nil || strings.Join(n.Backends, " ") != s.addr+" "+s.addr2 || n.Backend != s.addr {
 		t.Errorf("%+v %v", n, err)
@@ -158,6 +155,7 @@ func TestTwoBackends(t *testing.T) {
 	s.write("a", 0x61)
 	s.written("a", a)
 	s.reads("b", b, 0, 2*mib)
+	s.copied("a", a)
 	if v := s.status("b"); !strings.Contains(v.Waiting, s.addr2) || v.Chunks.Absent == 0 {
 		t.Errorf("its backend is away: waiting %q, %+v", v.Waiting, v.Chunks)
 	}
@@ -183,7 +181,6 @@ func TestTwoBackends(t *testing.T) {
 	s.frontend.end(t, syscall.SIGTERM)
 	s.second.end(t, syscall.SIGKILL)
 	s.startFrontend(volumes, "--checkpoint-interval", "1h")
-	s.copied("a", a)
 	s.copied("b", b)
 	s.await(s.frontend, func() bool { return s.status("a").WAN.Connected })
 	s.write("a", 0x63)
@@ -279,4 +276,28 @@ func TestPairOfTwoBackends(t *testing.T) {
 	}
 	second = launch()
 	failover("b")
+}
+
+// TestAbortLeavesThePeerBehind: once a volume is called off, the arbiter would
+// not grant it to the other node either.
+func TestAbortLeavesThePeerBehind(t *testing.T) {
+	s := newTwoFrontends(t, 4*mib, pair.Config{})
+	first, other := s.primary()
+	if v, err := s.Backend.Status(t.Context(), "vol"); err != nil || v.Replica == nil || !v.Replica.InSync {
+		t.Fatalf("before: %+v %v", v.Replica, err)
+	}
+	s.client.Close()
+	s.must(s.Order(t.Context(), first, "abort", "vol"))
+	if v, err := s.Backend.Status(t.Context(), "vol"); err != nil || v.Replica == nil || v.Replica.InSync || v.Replica.Peer != first.Name {
+		t.Errorf("after: %+v %v", v.Replica, err)
+	}
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		v, err := other.Status(t.Context(), "vol")
+		if err == nil && v.Phase == api.PhaseAborted {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the other node: %s %v", v.Phase, err)
+		}
+	}
 }

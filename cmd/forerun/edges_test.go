@@ -109,6 +109,9 @@ func TestLostSourceIsShown(t *testing.T) {
 	}
 	p.end(t, syscall.SIGKILL)
 	s.await(s.backend, func() bool { return strings.Contains(waiting(), "the source does not answer") })
+	s.await(s.frontend, func() bool {
+		return strings.Contains(s.status("v").Waiting, "the source does not answer the backend "+s.addr)
+	})
 	copying := start(t, s.path("copy.log"), "nbdcopy", s.uri("v"), s.path("out.raw"))
 	p = kit()
 	defer p.end(t, syscall.SIGKILL)
@@ -117,4 +120,62 @@ func TestLostSourceIsShown(t *testing.T) {
 		t.Fatal(err)
 	}
 	same(t, src, s.path("out.raw"))
+	s.await(s.frontend, func() bool { return s.status("v").Waiting == "" })
+}
+
+// TestNativeDiskIsMissing: what one volume was cut over to is not there at a
+// start. The other volume is served, and that one as soon as its disk is.
+func TestNativeDiskIsMissing(t *testing.T) {
+	need(t, "nbdcopy", "nbdinfo")
+	s := newSite(t)
+	a, b := s.disk("a.raw", 8*mib, 31), s.disk("b.raw", 8*mib, 32)
+	volumes, native, away := []string{"a", "b"}, s.path("native.raw"), s.path("away.raw")
+	s.startBackend("a="+a, "b="+b)
+	s.startFrontend(volumes)
+	s.awaitFilled("a")
+	output(t, binary, "cutover", "--state", s.path("fstate"), "--volume", "a", "--to", native, "--wait")
+	s.frontend.end(t, syscall.SIGTERM)
+	if err := os.Rename(native, away); err != nil {
+		t.Fatal(err)
+	}
+	s.startFrontend(volumes)
+	output(t, "nbdcopy", s.uri("b"), s.path("b.out"))
+	same(t, b, s.path("b.out"))
+	v := s.status("a")
+	if v.Phase != api.PhaseSwitched || v.Primary != api.PrimaryTarget || !strings.Contains(v.Waiting, native) || v.SizeBytes != 8*mib {
+		t.Errorf("%s, primary %s, waiting %q", v.Phase, v.Primary, v.Waiting)
+	}
+	if out, err := exec.Command("nbdinfo", s.uri("a")).CombinedOutput(); err == nil {
+		t.Errorf("a volume without its disk is served:\n%s", out)
+	}
+	if out, err := exec.Command(binary, "fill", "pause", "--state", s.path("fstate"), "--volume", "a").CombinedOutput(); err == nil || !strings.Contains(string(out), native) {
+		t.Errorf("%v\n%s", err, out)
+	}
+	// Another file in its place is not it.
+	if err := os.WriteFile(native, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.await(s.frontend, func() bool { return strings.Contains(s.status("a").Waiting, "4096 bytes") })
+	if err := os.Rename(away, native); err != nil {
+		t.Fatal(err)
+	}
+	s.await(s.frontend, func() bool { return s.status("a").Waiting == "" })
+	output(t, "nbdcopy", s.uri("a"), s.path("a.out"))
+	same(t, a, s.path("a.out"))
+	s.frontend.end(t, syscall.SIGTERM)
+	// Alone it is not served either, nor does the daemon give up.
+	if err := os.Rename(native, away); err != nil {
+		t.Fatal(err)
+	}
+	s.frontend = start(t, s.path("frontend.log"), binary, "frontend", "--pki", s.path("pki"), "--name", "new", "--state", s.path("fstate"),
+		"--backend", s.addr, "--export", "nbd+unix:///?socket="+s.sock, "--volume", "a")
+	s.await(s.frontend, func() bool {
+		v, err := client.New(s.path("fstate")).Volume(t.Context(), "a")
+		return err == nil && strings.Contains(v.Waiting, native)
+	})
+	if err := os.Rename(away, native); err != nil {
+		t.Fatal(err)
+	}
+	s.await(s.frontend, func() bool { return exec.Command("nbdinfo", s.uri("a")).Run() == nil })
+	s.frontend.end(t, syscall.SIGTERM)
 }

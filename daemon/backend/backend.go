@@ -247,8 +247,8 @@ func (b *Backend) status(s *served) api.Volume {
 			ReceivedBytes: st.ReceivedBytes, Connected: st.Sessions > 0},
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"},
 	}
-	if why := s.away.Load(); why != nil && *why != "" {
-		v.Waiting = "the source does not answer: " + *why
+	if why := b.sourceAway(s.spec.Name); why != "" {
+		v.Waiting = "the source does not answer: " + why
 	}
 	b.pairStatus(s, &v)
 	return v

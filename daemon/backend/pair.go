@@ -11,6 +11,7 @@ import (
 
 	"forerun/api"
 	"forerun/block"
+	"forerun/daemon"
 	"forerun/data/fence"
 	"forerun/data/linktest"
 	"forerun/data/writeback"
@@ -59,6 +60,9 @@ func (b *Backend) also() map[string]func(ctx context.Context, nc net.Conn, role,
 		msg.ProtoArbiter: b.home.arbiter.Attend,
 		msg.ProtoWriteBack: func(ctx context.Context, nc net.Conn, role, name string) {
 			c := msg.New(nc, msg.Options{Log: b.cfg.Log, Serve: func(ctx context.Context, typ uint8, p []byte) ([]byte, error) {
+				if typ == daemon.MsgSources {
+					return daemon.AnswerSources(p, b.sourceAway)
+				}
 				return b.home.receiver.Serve(ctx, role, name, typ, p)
 			}})
 			_ = c.Run(ctx) // how it ended is the frontend's to say
@@ -78,6 +82,16 @@ func (b *Backend) busy() string {
 	default:
 		return fmt.Sprintf("%d sessions of frontends are open", n)
 	}
+}
+
+// sourceAway is why a volume's source does not answer, empty when it does.
+func (b *Backend) sourceAway(volume string) string {
+	if s := b.open[volume]; s != nil {
+		if why := s.away.Load(); why != nil {
+			return *why
+		}
+	}
+	return ""
 }
 
 // source finds the open source of a volume.

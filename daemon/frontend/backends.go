@@ -1,8 +1,10 @@
 package frontend
 
 import (
+	"context"
 	"slices"
 
+	"forerun/daemon"
 	"forerun/data/wire"
 	"forerun/internal/msg"
 )
@@ -16,8 +18,26 @@ type backendLink struct {
 	arbiter *msg.Client // decides which node is primary; nil without a peer, one for all with Config.Arbiter
 	rates   rates
 
-	client  *wire.Client // guarded by Frontend.mu: nil until it has answered
-	problem string       // guarded by Frontend.mu: why it cannot be used
+	client  *wire.Client      // guarded by Frontend.mu: nil until it has answered
+	problem string            // guarded by Frontend.mu: why it cannot be used
+	away    map[string]string // guarded by Frontend.mu: by volume, why its source does not answer the backend
+}
+
+// watchSources asks the backend which of its volumes' sources do not answer it:
+// what the workload waits for then is not the line.
+func (f *Frontend) watchSources(ctx context.Context, b *backendLink) error {
+	for ; ctx.Err() == nil; sleep(ctx, askEvery) {
+		var away map[string]string
+		c, cancel := context.WithTimeout(ctx, askEvery)
+		if p, err := b.back.Call(c, daemon.MsgSources, daemon.AskSources(b.volumes)); err == nil {
+			away, _ = daemon.ReadSources(p) // what it does not say is not known
+		}
+		cancel()
+		f.mu.Lock()
+		b.away = away
+		f.mu.Unlock()
+	}
+	return nil
 }
 
 // newLinks makes a link for each backend that c names.
@@ -63,7 +83,11 @@ func (f *Frontend) needs(b *backendLink) bool {
 	defer f.mu.Unlock()
 	return slices.ContainsFunc(b.volumes, func(name string) bool {
 		v := f.volumes[name]
-		return f.over[name] == "" && (v == nil || !v.Switched())
+		if v == nil {
+			_, stranded := f.stranded[name]
+			return f.over[name] == "" && !stranded
+		}
+		return !v.Switched()
 	})
 }
 

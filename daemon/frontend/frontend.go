@@ -47,6 +47,7 @@ type Frontend struct {
 	mu       sync.Mutex
 	volumes  map[string]*stack.Volume // guarded by mu: those that are open
 	problems map[string]string        // guarded by mu: why a volume cannot be used
+	stranded map[string]stranded      // guarded by mu: volumes that were cut over to what is not there
 	uris     []string                 // guarded by mu: what is listened on
 
 	begun begun // what serve and connect tell each other
@@ -71,7 +72,7 @@ func New(cfg Config) (*Frontend, error) {
 		return nil, err
 	}
 	cfg.StateDir = dir
-	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, links: newLinks(&cfg), volumes: map[string]*stack.Volume{}, problems: map[string]string{},
+	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, links: newLinks(&cfg), volumes: map[string]*stack.Volume{}, problems: map[string]string{}, stranded: map[string]stranded{},
 		begun: begun{some: make(chan struct{}), all: make(chan struct{})}, shippers: map[string]*writeback.Shipper{}, aborts: map[string]*abort{}, over: map[string]string{}}, nil
 }
 
@@ -210,11 +211,14 @@ func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 		if err == nil {
 			err = f.openVolume(ctx, meta)
 		}
+		if f.strand(meta, err) {
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("volume %s: %w", name, err)
 		}
 	}
-	f.begun.first = f.missing() > 0 && f.openCount() == 0
+	f.begun.first = f.missing() > 0 && f.openCount() == 0 && len(f.allStranded()) == 0
 	f.told() // after a restart what is held is served even if a backend is away
 	parts := []func(context.Context) error{func(ctx context.Context) error {
 		if !f.awaitOpen(ctx) {
@@ -225,6 +229,9 @@ func (f *Frontend) serve(ctx context.Context, clientTLS *tls.Config) error {
 	}}
 	for _, b := range f.links {
 		parts = append(parts, func(ctx context.Context) error { return f.connect(ctx, clientTLS, b) })
+	}
+	for _, p := range f.allStranded() {
+		parts = append(parts, func(ctx context.Context) error { return f.awaitTarget(ctx, p) })
 	}
 	return daemon.Tree(ctx, parts...)
 }
@@ -255,11 +262,21 @@ func (f *Frontend) openCount() int {
 	return len(f.volumes)
 }
 
-// missing is how many volumes their backends have yet to describe.
+// missing is how many volumes are still to be waited for: those that their
+// backends have yet to describe. What was cut over to a disk that is not there
+// holds nothing back but itself.
 func (f *Frontend) missing() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.cfg.Volumes) - len(f.volumes) - len(f.over)
+	n := 0
+	for _, name := range f.cfg.Volumes {
+		_, stranded := f.stranded[name]
+		_, open := f.volumes[name]
+		if !open && f.over[name] == "" && !(stranded && len(f.volumes) > 0) {
+			n++
+		}
+	}
+	return n
 }
 
 func (f *Frontend) volumeDir(name string) string {
@@ -306,7 +323,7 @@ func (f *Frontend) connect(ctx context.Context, clientTLS *tls.Config, b *backen
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	for _, name := range b.volumes {
-		if f.ended(name) != "" {
+		if f.ended(name) != "" || f.isStranded(name) {
 			continue
 		}
 		g.Go(func() error {
@@ -456,7 +473,7 @@ func (f *Frontend) Lookup(name string) (block.Device, string, error) {
 			return nil, "", block.E("export", name, block.KindNotFound, fmt.Errorf("the volume is over (%s)", phase))
 		}
 		if slices.Contains(f.cfg.Volumes, name) {
-			return nil, "", block.E("export", name, block.KindUnavailable, errors.New("the volume is not open yet"))
+			return nil, "", block.E("export", name, block.KindUnavailable, f.notOpen(name))
 		}
 		return nil, "", block.E("export", name, block.KindNotFound,
 			fmt.Errorf("there is no such volume; there is %s", strings.Join(f.cfg.Volumes, ", ")))

@@ -193,6 +193,13 @@ func (f *Frontend) callOff(ctx context.Context, v *stack.Volume) error {
 		return err
 	}
 	f.setAbort(name, api.AbortReleasing, nil)
+	// The other node, which may not hear of the end for long, must not take
+	// over what has none. Before the source had everything it had to be able to.
+	c, cancel := context.WithTimeout(ctx, partTime)
+	defer cancel()
+	if err := v.Replica().Part(c); err != nil {
+		return err
+	}
 	if err := f.finish(ctx, v, api.PhaseAborted); err != nil {
 		return err
 	}
@@ -200,6 +207,10 @@ func (f *Frontend) callOff(ctx context.Context, v *stack.Volume) error {
 	f.log.Info("the move was called off; the source has everything and is unlocked", "volume", name)
 	return nil
 }
+
+// partTime is how long an abort waits for the arbiter, until it says that it
+// has stopped there.
+const partTime = 30 * time.Second
 
 // withdraw takes a volume out of service: nobody finds it any more.
 func (f *Frontend) withdraw(v *stack.Volume) {

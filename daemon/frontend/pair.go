@@ -101,7 +101,7 @@ const peerIdle = 2 * time.Second
 func (f *Frontend) runPair(ctx context.Context) error {
 	var parts []func(context.Context) error
 	for i, b := range f.links {
-		parts = append(parts, b.back.Run)
+		parts = append(parts, b.back.Run, func(ctx context.Context) error { return f.watchSources(ctx, b) })
 		if b.arbiter != nil && (i == 0 || b.arbiter != f.links[0].arbiter) {
 			parts = append(parts, b.arbiter.Run)
 		}

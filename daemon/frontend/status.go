@@ -67,14 +67,19 @@ func (f *Frontend) status(name string) api.Volume {
 	if problem == "" {
 		problem = b.problem
 	}
+	away := b.away[name]
 	f.mu.Unlock()
 	s := api.Volume{Volume: name, Role: api.RoleFrontend, Phase: api.PhaseStarting, Primary: api.PrimarySource,
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"}}
 	if v != nil {
 		s = v.Status()
+	} else {
+		f.strandedStatus(name, &s)
 	}
 	s.Backend = b.addr
-	s.WAN.LastError = problem
+	if s.Primary == api.PrimarySource {
+		s.WAN.LastError = problem
+	}
 	if client != nil {
 		c := client.Stats()
 		s.WAN.Connected = c.Up
@@ -87,6 +92,9 @@ func (f *Frontend) status(name string) api.Volume {
 		if problem != "" {
 			s.Waiting = problem
 		}
+	}
+	if s.Waiting == "" && away != "" && s.Primary == api.PrimarySource && s.Chunks.Absent > 0 {
+		s.Waiting = "the source does not answer the backend " + b.addr + ": " + away
 	}
 	f.pairStatus(name, v, &s)
 	st := f.store.Stats()
@@ -106,7 +114,7 @@ func (f *Frontend) opened(name string) (*stack.Volume, error) {
 	if _, err := f.Volume(name); err != nil {
 		return nil, err
 	}
-	return nil, block.E("volume", name, block.KindUnavailable, fmt.Errorf("the volume is not open yet; the backend %s has not answered", f.link(name).addr))
+	return nil, block.E("volume", name, block.KindUnavailable, f.notOpen(name))
 }
 
 // Fill is serve.Controller.

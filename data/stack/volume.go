@@ -133,8 +133,25 @@ func Create(fs disk.FS, dir, name string, r *wire.Remote) (Meta, error) {
 	return m, writeMeta(fs, dir, m)
 }
 
+// TargetError says that the native target of a volume that was cut over cannot
+// be opened. It is the disk now: nothing else may be served in its place, and
+// once it is there again Open succeeds.
+type TargetError struct {
+	Target string // its path
+	Err    error
+}
+
+// Error says which target it is, and what is wrong with it.
+func (e *TargetError) Error() string {
+	return fmt.Sprintf("the volume was cut over to %s, which is its disk now: %v", e.Target, e.Err)
+}
+
+// Unwrap returns what is wrong with the target.
+func (e *TargetError) Unwrap() error { return e.Err }
+
 // Open puts the volume in o.Dir together and replays its journal. It needs no
 // backend: Attach gives it one, and until then reads of what is not here wait.
+// A native target that cannot be opened is a TargetError.
 func Open(ctx context.Context, m Meta, o Options) (*Volume, error) {
 	plan, err := converge.LoadPlan(o.FS, o.Dir)
 	if err != nil {
@@ -153,8 +170,10 @@ func Open(ctx context.Context, m Meta, o Options) (*Volume, error) {
 	}
 	var side block.Device
 	if plan.OnTarget() {
-		if side, err = openTarget(ctx, plan.Target, m.SizeBytes, false); err != nil {
-			return nil, fmt.Errorf("the volume was cut over to %s, which is the disk now: %w", plan.Target, err)
+		if side, _, err = converge.Restore(o.FS, o.Dir, func(path string, size int64, create bool) (block.Device, error) {
+			return openTarget(ctx, path, size, create)
+		}); err != nil {
+			return nil, &TargetError{Target: plan.Target, Err: err}
 		}
 	} else {
 		if v.source, err = openSource(m, o); err != nil {
