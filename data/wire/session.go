@@ -26,6 +26,8 @@ type session struct {
 	// early remembers promotions that overtook the FETCH they are about, for a
 	// short while: the two travel on different connections.
 	early map[jobKey]time.Time
+	pacing
+	lastData time.Time // when a background chunk was last sent, for the floor
 }
 
 const (
@@ -64,8 +66,9 @@ type sconn struct {
 	ctrl        []byte // whole frames that go before data
 	pongDue     bool
 	pong        uint64
-	lastData    time.Time // when data was last sent, for the floor
-	leaving     bool      // close when ctrl is written
+	tcp         *tcpSocket // nil: the kernel does not tell
+	arrived     int64      // bytes acknowledged, of what tcp said last
+	leaving     bool       // close when ctrl is written
 	dead        bool
 }
 
@@ -74,6 +77,7 @@ type servedVolume struct {
 	dev    block.Device
 	name   string
 	handle uint16
+	load   *load
 }
 
 func (c *sconn) slot() int {
@@ -274,7 +278,7 @@ func (c *sconn) lookup(name string, handle uint16) (*servedVolume, error) {
 	if err != nil {
 		return nil, block.E("wire.open", name, 0, err)
 	}
-	v := &servedVolume{volumeInfo: volumeInfo{info: dev.Info(), chunk: size}, dev: dev, name: name, handle: handle}
+	v := &servedVolume{volumeInfo: volumeInfo{info: dev.Info(), chunk: size}, dev: dev, name: name, handle: handle, load: c.s.loadOf(dev)}
 	if err := checkVolume(v.volumeInfo); err != nil {
 		return nil, &block.Error{Op: "wire.open", Object: name, Kind: block.KindUnsupported, Err: err}
 	}
