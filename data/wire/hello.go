@@ -110,6 +110,9 @@ type welcome struct {
 	credit   uint32        // chunks that may be outstanding on this connection
 	idle     time.Duration // the server gives up a connection that is silent for so long
 	node     string
+	// Ports for the classes, 0: the same one; an older server says nothing.
+	backgroundPort, writeBackPort uint16
+	paced                         bool // the server bounds the queue on the way itself
 }
 
 func appendWelcome(b []byte, w welcome) []byte {
@@ -120,6 +123,13 @@ func appendWelcome(b []byte, w welcome) []byte {
 	p = binary.BigEndian.AppendUint32(p, uint32(w.idle/time.Millisecond))
 	p = append(p, byte(len(w.node)))
 	p = append(p, w.node...)
+	p = binary.BigEndian.AppendUint16(p, w.backgroundPort)
+	p = binary.BigEndian.AppendUint16(p, w.writeBackPort)
+	paced := byte(0)
+	if w.paced {
+		paced = 1
+	}
+	p = append(p, paced)
 	return appendFrame(b, header{typ: tWelcome}, p)
 }
 
@@ -136,6 +146,9 @@ func parseWelcome(b []byte) (welcome, error) {
 	}
 	if w.version < minVersion || w.version > maxVersion || w.credit == 0 || binary.BigEndian.Uint32(b[14:]) < MaxPayload {
 		return welcome{}, protocol("a welcome with version %d, credit %d, frames of %d", w.version, w.credit, binary.BigEndian.Uint32(b[14:]))
+	}
+	if more := b[23+int(b[22]):]; len(more) >= 5 {
+		w.backgroundPort, w.writeBackPort, w.paced = binary.BigEndian.Uint16(more), binary.BigEndian.Uint16(more[2:]), more[4]&1 != 0
 	}
 	return w, nil
 }

@@ -37,6 +37,8 @@ func (c *sconn) send() {
 		}
 		s.finish(sent, false)
 	}()
+	quantum := sendBatch
+	wrote := 0 // bytes of data since the pacer was told
 	for {
 		var wait time.Duration
 		full := false
@@ -45,6 +47,10 @@ func (c *sconn) send() {
 			s.mu.Unlock()
 			return
 		}
+		if wrote > 0 {
+			c.sess.spend(wrote, c.role == roleDemand)
+			wrote = 0
+		}
 		buf = append(buf, c.ctrl...)
 		c.ctrl = c.ctrl[:0]
 		if c.pongDue {
@@ -52,29 +58,34 @@ func (c *sconn) send() {
 			buf = appendFrame(buf, header{typ: tPong}, binary.BigEndian.AppendUint64(nil, c.pong))
 		}
 		leaving := c.leaving
-		if cur == nil && len(c.out) > 0 && !leaving {
-			if wait = s.yield(c); wait == 0 {
+		data := cur != nil || len(c.out) > 0 || c.hints != nil
+		if data && !leaving {
+			switch wait, quantum = s.yield(c, cur); {
+			case wait > 0 || cur != nil:
+			case c.hints != nil:
+				buf = c.takeHints(buf)
+			default:
 				cur, sent, buf = c.next(sent, buf)
 				off = 0
 			}
 		}
-		if cur == nil && c.hints != nil && !leaving && s.yield(c) == 0 {
-			buf = c.takeHints(buf)
-		}
 		more := len(c.out) > 0 && wait == 0 && !leaving
 		s.mu.Unlock()
 
-		for cur != nil && !full && !leaving {
-			buf, off = appendPiece(buf, cur, off)
+		for cur != nil && !full && !leaving && wait == 0 {
+			buf, off = appendPiece(buf, cur, off, quantum)
 			if off == len(cur.packed.Data) {
 				sent, cur = append(sent, cur), nil
 			}
-			full = len(buf) >= sendBatch
+			full = len(buf) >= quantum
 		}
-		if more && !full && len(buf) < sendBatch {
+		if more && !full && len(buf) < quantum {
 			continue // there is room for the next chunk
 		}
 		if len(buf) > 0 {
+			if data && wait == 0 {
+				wrote = len(buf)
+			}
 			_, err := c.tc.Write(buf)
 			if buf = buf[:0]; cap(buf) > 16*sendBatch {
 				buf = make([]byte, 0, sendBatch+2*MaxPayload) // a burst of answers passed
@@ -87,7 +98,9 @@ func (c *sconn) send() {
 			}
 			if len(sent) > 0 {
 				s.mu.Lock()
-				c.lastData = time.Now()
+				if c.role == roleBackground {
+					c.sess.lastData = time.Now()
+				}
 				s.finish(sent, true)
 				s.dispatch()
 				s.mu.Unlock()
@@ -111,20 +124,36 @@ func (c *sconn) send() {
 	}
 }
 
-// yield says how long background on c waits for demand; 0: it may go.
-// Server.mu is held.
-func (s *Server) yield(c *sconn) time.Duration {
-	if c.role == roleDemand || s.demandBusy == 0 {
-		return 0
+// yield says how long background on c waits, for demand and for its pace; 0:
+// it may go, up to so many bytes in one write. Server.mu is held.
+func (s *Server) yield(c *sconn, cur *job) (wait time.Duration, quantum int) {
+	if c.role == roleDemand || s.o.Ready || cur != nil && cur.rush {
+		return 0, sendBatch
 	}
-	now := time.Now()
-	if now.Sub(s.lastDemand) >= stale {
-		return 0
+	now, ss := time.Now(), c.sess
+	quantum = sendBatch
+	floor := s.o.Floor
+	if ss.paced {
+		ss.look(now)
+		wait, quantum = ss.pace.wait(now), ss.pace.quantum()
+		if len(c.out) > 0 {
+			floor = max(floor, ss.pace.floor(len(c.out[0].packed.Data)))
+		}
 	}
-	if c.lastData.IsZero() {
-		c.lastData = now
+	if s.demandBusy > 0 && now.Sub(s.lastDemand) < stale {
+		wait = max(wait, stale)
 	}
-	return max(0, s.o.Floor-now.Sub(c.lastData))
+	if wait == 0 {
+		return 0, quantum
+	}
+	if ss.lastData.IsZero() {
+		ss.lastData = now
+	}
+	if wait = min(wait, floor-now.Sub(ss.lastData)); wait > 0 {
+		s.stats.Yielded++
+		return wait, quantum
+	}
+	return 0, quantum
 }
 
 // next takes the chunk that goes next from the out list. Chunks of zeros are
@@ -192,19 +221,20 @@ func (c *sconn) pop() {
 	}
 }
 
-// appendPiece appends the frame that carries a chunk's bytes from off on, and
-// returns where the next one begins.
-func appendPiece(buf []byte, j *job, off int) ([]byte, int) {
+// appendPiece appends the frame that carries a chunk's bytes from off on, at
+// most that many, and returns where the next one begins.
+func appendPiece(buf []byte, j *job, off, most int) ([]byte, int) {
 	data := j.packed.Data
+	most = min(most, MaxPayload)
 	h := header{typ: tMore, volume: j.vol.handle, req: j.key.req}
 	if off == 0 {
-		n := min(len(data), MaxPayload-chunkHead)
+		n := min(len(data), most-chunkHead)
 		h.typ, h.n = tChunk, uint32(chunkHead+n)
 		buf = appendHeader(buf, h)
 		buf = appendChunkHead(buf, &piece{index: j.key.index, plain: j.packed.Plain, packed: len(data), codec: j.packed.Codec, sig: j.packed.Sig})
 		return append(buf, data[:n]...), n
 	}
-	n := min(len(data)-off, MaxPayload-moreHead)
+	n := min(len(data)-off, most-moreHead)
 	h.n = uint32(moreHead + n)
 	buf = appendHeader(buf, h)
 	buf = binary.BigEndian.AppendUint64(buf, uint64(j.key.index))

@@ -44,9 +44,19 @@ type ServerOptions struct {
 	NoCompression bool
 	// Credit is how many chunks may be outstanding on one connection, default 4096.
 	Credit int
-	// Floor is the longest that one background chunk waits for demand on its
-	// connection, default 50 ms: background never starves.
+	// Floor is the longest that the next background chunk of a session waits for
+	// demand, default 50 ms: background never starves. Where that is more than a
+	// sixteenth of what the way to the client carries, it is that sixteenth.
 	Floor time.Duration
+	// Ready says that the network keeps the classes apart, by port or mark:
+	// background is sent as it comes. Without it background makes room here.
+	Ready bool
+	// BackgroundFloor is how many background reads of sources may always be
+	// under way, default 2, however much demand there is.
+	BackgroundFloor int
+	// BackgroundPort and WriteBackPort are told to clients as the ports for these
+	// classes, for networks that know traffic by its port; 0: the same port.
+	BackgroundPort, WriteBackPort uint16
 	// Ping is the interval of pings, default 1 s; a connection without a byte
 	// for Idle, default 10 s, is given up.
 	Ping, Idle time.Duration
@@ -111,6 +121,7 @@ type Server struct {
 	q          queue
 	scratch    []*item
 	running    [2]int // source reads under way: demand, background
+	loads      map[block.Device]*load
 	sessions   map[sessionID]*session
 	pending    []net.Conn // not yet authenticated, oldest first
 	demandBusy int        // demand jobs that are queued, read, or being sent
@@ -147,6 +158,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 	def(&o.Workers, 32)
 	def(&o.Credit, 4096)
 	def(&o.Floor, 50*time.Millisecond)
+	def(&o.BackgroundFloor, 2)
 	def(&o.Ping, time.Second)
 	def(&o.Idle, 10*time.Second)
 	def(&o.Handshake, 5*time.Second)
@@ -156,7 +168,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{o: o, log: o.Log, sessions: map[sessionID]*session{}, started: time.Now(),
+	s := &Server{o: o, log: o.Log, sessions: map[sessionID]*session{}, loads: map[block.Device]*load{}, started: time.Now(),
 		// One processor is left to demand, which must not stand behind bulk
 		// compression in the scheduler's queue.
 		seals: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))}
@@ -336,7 +348,8 @@ func (s *Server) hello(ctx context.Context, wg *sync.WaitGroup, nc net.Conn, tc 
 	if err := s.attach(c, h.session); err != nil {
 		return refuse(err)
 	}
-	w := welcome{version: version, credit: uint32(s.o.Credit), idle: s.o.Idle, node: s.o.Node}
+	w := welcome{version: version, credit: uint32(s.o.Credit), idle: s.o.Idle, node: s.o.Node,
+		backgroundPort: s.o.BackgroundPort, writeBackPort: s.o.WriteBackPort, paced: c.tcp != nil && !s.o.Ready}
 	if _, err := tc.Write(appendWelcome(nil, w)); err != nil {
 		s.detach(c)
 		return nil, err
@@ -373,6 +386,9 @@ func (s *Server) attach(c *sconn, id sessionID) error {
 		c.wg.Go(func() { old.nc.Close() }) // wakes its reader, which cleans up
 	}
 	c.sess = ss
+	if c.tcp = newTCPSocket(c.nc); c.tcp != nil && !s.o.Ready {
+		ss.paced = true
+	}
 	ss.conns[at] = c
 	ss.live++
 	return nil

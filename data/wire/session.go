@@ -29,6 +29,8 @@ type session struct {
 	early map[jobKey]time.Time
 	held  map[uint8]*view // by the number of a dedup domain
 	told  map[uint16]told // by the handle of a volume
+	pacing
+	lastData time.Time // when a background chunk was last sent, for the floor
 }
 
 const (
@@ -71,8 +73,9 @@ type sconn struct {
 	carried     carried
 	pongDue     bool
 	pong        uint64
-	lastData    time.Time // when data was last sent, for the floor
-	leaving     bool      // close when ctrl is written
+	tcp         *tcpSocket // nil: the kernel does not tell
+	arrived     int64      // bytes acknowledged, of what tcp said last
+	leaving     bool       // close when ctrl is written
 	dead        bool
 }
 
@@ -87,6 +90,7 @@ type servedVolume struct {
 	key     chunk.Key
 	view    *view // of the site, nil for domain 0
 	telling bool  // the client is told of what it holds, under Server.mu
+	load    *load
 }
 
 func (c *sconn) slot() int {
@@ -298,7 +302,8 @@ func (c *sconn) lookup(o openOrder, handle uint16) (*servedVolume, error) {
 		return nil, block.E("wire.open", name, 0, err)
 	}
 	v := &servedVolume{volumeInfo: volumeInfo{info: found.Device.Info(), chunk: found.ChunkBytes}, dev: found.Device,
-		sigs: found.Signatures, cutter: found.Cutter, name: name, handle: handle, site: o.site, key: o.key}
+		sigs: found.Signatures, cutter: found.Cutter, name: name, handle: handle, site: o.site, key: o.key,
+		load: c.s.loadOf(found.Device)}
 	if v.cutter != nil && v.key != (chunk.Key{}) {
 		v.sigs = nil // recipes are made of signatures under the key, which cannot be had from others
 	}

@@ -2,6 +2,8 @@ package wire
 
 import (
 	"net"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,5 +25,54 @@ func (o SocketOptions) system(tc *net.TCPConn, dscp int) {
 		if o.Congestion != "" {
 			unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, o.Congestion)
 		}
+	})
+}
+
+// tcpSocket asks the kernel about a connection, and limits it. It is used
+// under one lock.
+type tcpSocket struct {
+	rc        syscall.RawConn
+	delivered uint32 // packets, as the kernel counted them last
+	arrived   int64
+	limited   float64
+}
+
+// newTCPSocket returns nil when the kernel does not tell.
+func newTCPSocket(nc net.Conn) *tcpSocket {
+	tc, ok := nc.(*net.TCPConn)
+	if !ok {
+		return nil
+	}
+	rc, err := tc.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	t := &tcpSocket{rc: rc}
+	if _, ok := t.info(); !ok {
+		return nil
+	}
+	return t
+}
+
+func (t *tcpSocket) info() (s tcpState, ok bool) {
+	var i *unix.TCPInfo
+	var err error
+	if e := t.rc.Control(func(fd uintptr) { i, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); e != nil || err != nil {
+		return s, false
+	}
+	t.arrived += int64(i.Delivered-t.delivered) * int64(i.Snd_mss)
+	t.delivered = i.Delivered
+	return tcpState{rtt: time.Duration(i.Rtt) * time.Microsecond, arrived: t.arrived}, true
+}
+
+// limit bounds the rate at which the kernel sends, so that what is written at
+// once does not leave at once. It does nothing when little changes.
+func (t *tcpSocket) limit(bytesPerSecond float64) {
+	if d := bytesPerSecond / max(t.limited, 1); d > 0.95 && d < 1.05 {
+		return
+	}
+	t.limited = bytesPerSecond
+	t.rc.Control(func(fd uintptr) {
+		unix.SetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_MAX_PACING_RATE, uint64(bytesPerSecond))
 	})
 }

@@ -58,6 +58,18 @@ type ServerStats struct {
 	Queued                   int // chunks waiting for a read
 	DemandReads              int // source reads under way
 	BackgroundReads          int
+	// The limits of background, as they are now; see ServerOptions.
+	QueuedBackground     int           // of Queued, those in no hurry
+	Workers              int           // source reads that may be under way
+	BackgroundReadsLimit int           // of them background: less where a source is busy
+	BackgroundReadsFloor int           // and that many always
+	PaceBytes            int64         // bytes a second that background and demand together may take, of all sessions; 0: nothing is known
+	PaceDelay            time.Duration // the longest queue seen on the way to a client
+	PaceTarget           time.Duration // the queue that is aimed at there
+	FloorInterval        time.Duration // a background chunk waits no longer for demand
+	SendQueueBytes       int64         // between source and socket
+	Yielded              int64         // times background waited for demand or for its pace
+	SourceDelay          time.Duration // of reads of the busiest source, lately
 }
 
 // Stats returns the counters.
@@ -69,7 +81,27 @@ func (s *Server) Stats() ServerStats {
 	for _, ss := range s.sessions {
 		st.Conns += ss.live
 	}
-	st.Queued = s.q.n
+	st.Queued, st.QueuedBackground = s.q.n, s.q.waiting(2, numLevels)
+	st.Workers, st.BackgroundReadsFloor, st.FloorInterval = s.o.Workers, s.o.BackgroundFloor, s.o.Floor
+	st.BackgroundReadsLimit = s.mostBackground()
+	for _, l := range s.loads {
+		st.BackgroundReadsLimit = min(st.BackgroundReadsLimit, l.limit())
+		st.SourceDelay = max(st.SourceDelay, l.delay)
+	}
+	for _, ss := range s.sessions {
+		for _, c := range ss.conns {
+			if c != nil {
+				st.SendQueueBytes += int64(c.inflight)
+			}
+		}
+		if !ss.paced || s.o.Ready || ss.pace.sampled.IsZero() {
+			continue
+		}
+		st.PaceBytes += int64(ss.pace.rate)
+		if d := ss.pace.delay(); d >= st.PaceDelay {
+			st.PaceDelay, st.PaceTarget = d, ss.pace.target()
+		}
+	}
 	st.DemandReads, st.BackgroundReads = s.running[0], s.running[1]
 	st.SentBytes, st.ReceivedBytes = s.traffic.sent.Load(), s.traffic.received.Load()
 	st.HashedBytes = s.hashed.Load()

@@ -27,6 +27,7 @@ type job struct {
 	bytes  *lease     // that packed.Data lies in
 	sum    *chunk.Sig // of the plain bytes, if it was known before they were read
 	token  uint64     // of Signatures
+	rush   bool       // wanted as demand since it began to be sent
 }
 
 type jobKey struct {
@@ -134,6 +135,12 @@ func (s *Server) demandLess() {
 // retarget moves a job to another connection and level, wherever it is by now,
 // and says whether it still could.
 func (s *Server) retarget(j *job, to *sconn, level uint8) bool {
+	if j.state == sending && level < 2 && !j.rush {
+		j.rush = true // it stays where it is, but waits no more
+		if j.target != nil {
+			j.target.poke()
+		}
+	}
 	if j.target == to && j.item.level <= level || j.state == sending {
 		return false
 	}
@@ -188,26 +195,40 @@ func (s *Server) forget(j *job) {
 
 // mayGo says how many chunks of a connection's next run may be read now.
 func mayGo(o *owner, it *item) int {
-	c := o.of.(*sconn)
+	c, v := o.of.(*sconn), it.of.(*job).vol
 	budget, most := budgetBackground, maxRead
 	if c.role == roleDemand {
 		budget, most = budgetDemand, maxDemandRead
 	}
-	if c.inflight >= budget {
+	if c.inflight >= budget || it.level >= 2 && v.load.running >= v.load.limit() {
 		return 0
 	}
-	return max(1, most/it.of.(*job).vol.chunk)
+	return max(1, most/v.chunk)
 }
+
+// mostBackground is how many background reads may be under way, of all sources.
+func (s *Server) mostBackground() int { return max(s.o.BackgroundFloor, s.o.Workers*3/4) }
 
 // dispatch starts as many reads as may run. Server.mu is held. It is called
 // whenever something changed that could let one more start.
 func (s *Server) dispatch() {
 	for s.running[0]+s.running[1] < s.o.Workers {
+		kept := 0 // the floor: places that demand does not take
+		if s.running[1] < s.o.BackgroundFloor && s.q.waiting(2, numLevels) > 0 {
+			kept = min(s.o.BackgroundFloor-s.running[1], s.o.Workers-1)
+		}
 		class := 0
-		s.scratch = s.q.take(s.scratch[:0], 0, 2, mayGo)
-		if len(s.scratch) == 0 && s.running[1] < max(1, s.o.Workers*3/4) {
+		s.scratch = s.scratch[:0]
+		if s.running[0]+s.running[1]+kept < s.o.Workers {
+			s.scratch = s.q.take(s.scratch, 0, 2, mayGo)
+		}
+		if len(s.scratch) == 0 && s.running[1] < s.mostBackground() {
 			class = 1
 			s.scratch = s.q.take(s.scratch, 2, numLevels, mayGo)
+		}
+		if len(s.scratch) == 0 && kept > 0 { // background cannot use its places now
+			class = 0
+			s.scratch = s.q.take(s.scratch, 0, 2, mayGo)
 		}
 		if len(s.scratch) == 0 {
 			return
@@ -220,11 +241,18 @@ func (s *Server) dispatch() {
 			batch[i] = j
 		}
 		s.running[class]++
+		load := batch[0].vol.load
+		if class == 1 {
+			load.running++
+		}
 		c := batch[0].target
 		c.wg.Go(func() {
 			s.work(c, batch, class)
 			s.mu.Lock()
 			s.running[class]--
+			if class == 1 {
+				load.running--
+			}
 			s.dispatch()
 			s.mu.Unlock()
 		})
@@ -284,8 +312,11 @@ func (s *Server) read(c *sconn, batch []*job, class int) {
 	buf := s.leases.get(total)
 	defer buf.release()
 	plain := buf.b[:total]
+	began := time.Now()
 	err := v.dev.ReadAt(c.ctx, plain, first*int64(v.chunk), batch[0].flags)
+	now := time.Now()
 	s.mu.Lock()
+	v.load.sample(now, now.Sub(began), total)
 	s.stats.SourceReads++
 	s.stats.SourceBytes += int64(total)
 	s.mu.Unlock()
