@@ -171,6 +171,7 @@ func (s *Store) replace(sig *chunk.Sig, from place, to runs.Loc) bool {
 			if to.Flags&runs.Dead != 0 {
 				s.drops++
 				s.seq++
+				s.news.note(sig, true)
 			} else {
 				s.packs[to.Pack].live.add(to, 1)
 				if s.sweep != nil {

@@ -158,6 +158,7 @@ func (s *Store) keeper() {
 }
 
 func (s *Store) keep() {
+	s.evictOver()
 	if s.due() {
 		s.syncMu.Lock()
 		err := s.checkpointLocked()

@@ -11,7 +11,9 @@ import (
 )
 
 // Has says whether a chunk is held. It reads no pack; a chunk that turns out
-// damaged when it is read is not held from then on.
+// damaged when it is read is not held from then on. Of a region it reads the
+// recipe, and answers true if all its pieces are held in the same sense: some
+// ten lookups.
 func (s *Store) Has(sig chunk.Sig) bool {
 	if s.enter("store.has") != nil {
 		return false
@@ -23,6 +25,17 @@ func (s *Store) Has(sig chunk.Sig) bool {
 			s.count.misses.Add(1)
 			return false
 		}
+		if at.Codec == chunk.Recipe {
+			if ok, again := s.hasRegion(&sig); !again {
+				if ok {
+					s.count.hits.Add(1)
+				} else {
+					s.count.misses.Add(1)
+				}
+				return ok
+			}
+			continue
+		}
 		if s.confirm(&sig, at) {
 			s.count.hits.Add(1)
 			return true
@@ -31,7 +44,8 @@ func (s *Store) Has(sig chunk.Sig) bool {
 }
 
 // Get fills dst, whose length must be the plain length, with the plain bytes
-// of a chunk, verified against its signature.
+// of a chunk, verified against its signature. A region is put together from its
+// pieces; one that lacks a piece, or has a damaged one, is not held any more either.
 //
 // KindNotFound: it is not held. KindCorrupt: what is stored is not the chunk, or
 // cannot be read; it is not held any more, fetch it again and Put it. The cause is
@@ -42,14 +56,29 @@ func (s *Store) Get(sig chunk.Sig, dst []byte) error {
 		return err
 	}
 	defer s.gate.RUnlock()
+	at, err := s.get(op, sig, dst)
+	if err == nil && at.Codec == chunk.Recipe {
+		err = s.getRegion(op, sig, dst)
+	}
+	if err == nil {
+		s.count.hits.Add(1)
+	}
+	return err
+}
+
+// get fills dst with the plain bytes of a chunk; of a recipe it only says where it is.
+func (s *Store) get(op string, sig chunk.Sig, dst []byte) (place, error) {
 	for try := 0; ; try++ {
 		at, err := s.find(op, &sig)
 		if err != nil {
-			return err
+			return at, err
 		}
 		if int(at.Plain) != len(dst) {
-			return block.E(op, "chunk "+sig.String(), block.KindInvalid,
+			return at, block.E(op, "chunk "+sig.String(), block.KindInvalid,
 				fmt.Errorf("its plain length is %d, the buffer's %d", at.Plain, len(dst)))
+		}
+		if at.Codec == chunk.Recipe {
+			return at, nil
 		}
 		buf := s.bufs.get(int(at.Len))
 		err = s.read(&sig, at, (*buf)[:at.Len])
@@ -62,17 +91,16 @@ func (s *Store) Get(sig chunk.Sig, dst []byte) error {
 		}
 		s.bufs.put(buf)
 		if err == nil {
-			s.count.hits.Add(1)
-			return nil
+			return at, nil
 		}
 		if err = s.failed(op, &sig, at, err, try); err != nil {
-			return err
+			return at, err
 		}
 	}
 }
 
 // GetPacked returns a chunk as it is stored, its checksum verified but not its
-// signature. Its bytes are in buf's space if they fit (buf may be nil), else
+// signature; of a region that is its recipe, with codec Recipe. Its bytes are in buf's space if they fit (buf may be nil), else
 // in new memory; they are the caller's. Errors are those of Get.
 func (s *Store) GetPacked(sig chunk.Sig, buf []byte) (chunk.Packed, error) {
 	const op = "store.get packed"

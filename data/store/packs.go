@@ -40,7 +40,9 @@ type tally struct{ chunks, plain, stored int64 }
 
 func (t *tally) add(l runs.Loc, sign int64) {
 	t.chunks += sign
-	t.plain += sign * int64(l.Plain)
+	if l.Codec != chunk.Recipe { // its plain bytes are those of its pieces
+		t.plain += sign * int64(l.Plain)
+	}
 	t.stored += sign * span(l)
 }
 
@@ -122,16 +124,19 @@ func (s *Store) closeRead(p *pack) {
 	}
 }
 
-// unlink removes the file of a pack that is out of the table already, once
-// nobody reads it. A pack whose file stays because of an error costs space
-// until the next Open, which removes it.
-func (s *Store) unlink(p *pack) error {
+// unlink removes the file of a pack that is out of the table already, with
+// wait once nobody reads it; without, readers finish and give the space back
+// then. A pack whose file stays because of an error costs space until the next
+// Open, which removes it.
+func (s *Store) unlink(p *pack, wait bool) error {
 	s.fileMu.Lock()
 	p.gone = true
-	for p.refs > 0 {
+	for wait && p.refs > 0 {
 		s.idle.Wait()
 	}
-	s.closeRead(p)
+	if p.refs == 0 {
+		s.closeRead(p)
+	}
 	s.fileMu.Unlock()
 	return s.fs.Remove(s.packPath(p.id))
 }

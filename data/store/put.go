@@ -20,7 +20,8 @@ type flight struct{ done chan struct{} }
 //
 // The packed bytes are stored as they are: the caller has opened them, which
 // verified the signature (Options.Verify makes Put do it again). A chunk of
-// zeros, without a signature of its own, is refused with KindInvalid.
+// zeros, without a signature of its own, is refused with KindInvalid, and so is
+// a Bundle: see PutBundle.
 //
 // With KindNoSpace nothing changed, and Put works again when there is space.
 func (s *Store) Put(p chunk.Packed) (added bool, err error) {
@@ -46,23 +47,26 @@ func (s *Store) Put(p chunk.Packed) (added bool, err error) {
 	if err != nil {
 		return false, block.E(op, "chunk "+p.Sig.String(), block.KindNone, advice(err))
 	}
-	if added {
-		s.count.puts.Add(1)
-	} else {
-		s.count.dups.Add(1)
-	}
+	s.countPut(added)
 	return added, nil
 }
 
 func (s *Store) put(p chunk.Packed) (bool, error) {
+	f := s.fly(&p.Sig)
+	defer s.land(&p.Sig, f)
+	return s.keepChunk(p)
+}
+
+// fly waits until nobody else is at sig, and keeps others away until land.
+func (s *Store) fly(sig *chunk.Sig) *flight {
 	f := &flight{}
 	for {
 		s.mu.Lock()
-		other := s.flights[p.Sig]
+		other := s.flights[*sig]
 		if other == nil {
-			s.flights[p.Sig] = f
+			s.flights[*sig] = f
 			s.mu.Unlock()
-			break
+			return f
 		}
 		if other.done == nil {
 			other.done = make(chan struct{})
@@ -71,15 +75,32 @@ func (s *Store) put(p chunk.Packed) (bool, error) {
 		s.mu.Unlock()
 		<-done
 	}
-	defer func() {
-		s.mu.Lock()
-		delete(s.flights, p.Sig)
-		if f.done != nil {
-			close(f.done)
-		}
-		s.mu.Unlock()
-	}()
+}
 
+func (s *Store) land(sig *chunk.Sig, f *flight) {
+	s.mu.Lock()
+	delete(s.flights, *sig)
+	if f.done != nil {
+		close(f.done)
+	}
+	s.mu.Unlock()
+}
+
+// giveWay is how many packs a bounded store removes for one Put on a full disk.
+const giveWay = 3
+
+// keepChunk stores a chunk unless it is there; the caller flies. On a full disk a bounded
+// store gives way.
+func (s *Store) keepChunk(p chunk.Packed) (bool, error) {
+	for try := 0; ; try++ {
+		added, err := s.keepOnce(p)
+		if block.KindOf(err) != block.KindNoSpace || s.opt.LimitBytes == 0 || try == giveWay || !s.evict() {
+			return added, err
+		}
+	}
+}
+
+func (s *Store) keepOnce(p chunk.Packed) (bool, error) {
 	for {
 		at, err := s.lookup(&p.Sig)
 		if err != nil || at.pack == nil {
@@ -104,6 +125,7 @@ func (s *Store) put(p chunk.Packed) (bool, error) {
 		s.mu.Lock()
 		s.mem[p.Sig] = to
 		s.packs[to.Pack].live.add(to, 1)
+		s.news.note(&p.Sig, false)
 		if s.sweep != nil {
 			s.sweep.guard(&p.Sig, s.packs[to.Pack], to)
 		}
@@ -113,6 +135,7 @@ func (s *Store) put(p chunk.Packed) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	s.evictIfOver()
 	s.checkpointIfDue()
 	return true, nil
 }
@@ -144,6 +167,7 @@ func (s *Store) appendRecord(sig *chunk.Sig, l runs.Loc, data []byte) (runs.Loc,
 	p := s.active
 	if p != nil && p.end > packHeader && p.end+n > s.opt.PackBytes {
 		s.retire(p)
+		s.touch(p)
 		p = nil
 	}
 	if p == nil {
@@ -170,6 +194,7 @@ func (s *Store) appendRecord(sig *chunk.Sig, l runs.Loc, data []byte) (runs.Loc,
 	s.seq++
 	s.mu.Unlock()
 	s.tail.Add(n)
+	s.size.Add(n)
 	return l, nil
 }
 
@@ -208,5 +233,6 @@ func (s *Store) newPack() (*pack, error) {
 	s.mu.Unlock()
 	s.active = p
 	s.dirty = append(s.dirty, p)
+	s.size.Add(packHeader)
 	return p, nil
 }

@@ -4,8 +4,8 @@ import "sync/atomic"
 
 // Stats is what a store holds and has done since Open. Bytes are bytes.
 type Stats struct {
-	Chunks      int64 // chunks held
-	PlainBytes  int64 // their plain bytes
+	Chunks      int64 // chunks held; recipes and pieces are chunks too
+	PlainBytes  int64 // their plain bytes; those of a recipe are its pieces'
 	StoredBytes int64 // the bytes of their records in packs
 	DiskBytes   int64 // the bytes of all packs, with what Sweep could free
 	Packs       int
@@ -21,6 +21,9 @@ type Stats struct {
 	Merges      int64 // of its runs
 	Swept       int64 // bytes freed by Sweep
 
+	EvictedChunks int64 // chunks that went because of Options.LimitBytes
+	EvictedBytes  int64 // bytes of the packs they were in
+
 	MapRuns    int   // sorted files of the block map
 	MapEntries int64 // entries in them, dead ones too
 	MapBytes   int64 // their bytes on disk
@@ -30,7 +33,7 @@ type Stats struct {
 }
 
 type counters struct {
-	puts, dups, hits, misses, corrupt, syncs, syncErrors, checkpoints, merges, swept, damaged atomic.Int64
+	puts, dups, hits, misses, corrupt, syncs, syncErrors, checkpoints, merges, swept, damaged, evictedChunks, evictedBytes atomic.Int64
 }
 
 // Stats returns the numbers of the moment.
@@ -40,6 +43,7 @@ func (s *Store) Stats() Stats {
 		Puts: c.puts.Load(), Duplicates: c.dups.Load(), Hits: c.hits.Load(), Misses: c.misses.Load(),
 		Corrupt: c.corrupt.Load(), Syncs: c.syncs.Load(), SyncErrors: c.syncErrors.Load(),
 		Checkpoints: c.checkpoints.Load(), Merges: c.merges.Load(), Swept: c.swept.Load(), MapDamaged: c.damaged.Load(),
+		EvictedChunks: c.evictedChunks.Load(), EvictedBytes: c.evictedBytes.Load(),
 	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()

@@ -26,6 +26,12 @@ type Options struct {
 	MapEntries int
 	// OpenPacks is how many packs are kept open for reading, 128 by default.
 	OpenPacks int
+	// LimitBytes bounds the packs together; 0 for no bound. When they are larger,
+	// the packs that were read longest ago are removed with all their chunks, so
+	// whoever refers to a chunk must be able to fetch it again. With a bound,
+	// PackBytes is by default at most a 16th of it; it must not be more than half. The
+	// bound may be exceeded by a pack for a moment, and the block map comes on top.
+	LimitBytes int64
 	// SweepBelow is the share of a pack, between 0 and 1, that must be live for
 	// Sweep to leave it alone; 0.5 by default.
 	SweepBelow float64
@@ -34,6 +40,17 @@ type Options struct {
 	Key chunk.Key
 	// Verify has Put open each chunk, which verifies its signature.
 	Verify bool
+	// OnAdd is told of each chunk that is held from now on, a recipe after its
+	// pieces; OnGone of those that are not held any more: deleted, swept, evicted
+	// or found damaged. The slice is the callback's. A region whose pieces went
+	// counts as gone when somebody asks for it. What Open finds is not told, see
+	// Each, nor what went with a damaged part of a pack.
+	//
+	// Both are called by one goroutine of the store, in the order of the changes
+	// and soon after them. They may call the store, but not Close, which returns
+	// after the last of them.
+	OnAdd  func(chunk.Sig)
+	OnGone func([]chunk.Sig)
 	// Log gets changes of state; nil for none.
 	Log *slog.Logger
 
@@ -45,6 +62,9 @@ func (o Options) withDefaults() (Options, error) {
 		if *v == 0 {
 			*v = d
 		}
+	}
+	if o.LimitBytes > 0 {
+		def(&o.PackBytes, max(4096, min(256<<20, o.LimitBytes/16)))
 	}
 	def(&o.PackBytes, 256<<20)
 	def(&o.CheckpointBytes, 64<<20)
@@ -61,9 +81,9 @@ func (o Options) withDefaults() (Options, error) {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	if o.PackBytes < 4096 || o.PackBytes > 16<<30 || o.CheckpointBytes < 0 || o.MapEntries < 1 || o.OpenPacks < 1 ||
-		!(o.SweepBelow > 0 && o.SweepBelow <= 1) {
-		return o, fmt.Errorf("options out of range: packs of %d bytes (4096 to 16 GiB), checkpoints after %d bytes or %d entries, %d open packs, sweep below %v",
-			o.PackBytes, o.CheckpointBytes, o.MapEntries, o.OpenPacks, o.SweepBelow)
+		o.LimitBytes < 0 || o.LimitBytes > 0 && o.PackBytes > o.LimitBytes/2 || !(o.SweepBelow > 0 && o.SweepBelow <= 1) {
+		return o, fmt.Errorf("options out of range: packs of %d bytes (4096 to 16 GiB) of at most %d together (0, or twice a pack or more), checkpoints after %d bytes or %d entries, %d open packs, sweep below %v",
+			o.PackBytes, o.LimitBytes, o.CheckpointBytes, o.MapEntries, o.OpenPacks, o.SweepBelow)
 	}
 	return o, nil
 }
@@ -85,7 +105,12 @@ type Store struct {
 	gate    sync.RWMutex
 	closed  bool // gate
 	closing atomic.Bool
+	evictMu sync.Mutex
+	size    atomic.Int64 // bytes of all packs
+	news    *notices     // nil: nobody listens
 	maint   sync.Mutex
+	bundles sync.RWMutex // PutBundle holds it for reading, the begin of a sweep for writing
+	lists   sync.Pool    // *[]chunk.Packed, the pieces of a recipe
 
 	repairAt time.Time // maint
 
@@ -149,6 +174,7 @@ func Open(fs disk.FS, dir string, opt Options) (*Store, error) {
 		kick: make(chan struct{}, 1), stop: make(chan struct{}), kept: make(chan struct{}),
 	}
 	s.idle = sync.NewCond(&s.fileMu)
+	s.lists.New = func() any { return new([]chunk.Packed) }
 	if _, err := rand.Read(s.id[:]); err != nil {
 		return nil, block.E(op, dir, block.KindIO, err)
 	}
@@ -167,11 +193,16 @@ func Open(fs disk.FS, dir string, opt Options) (*Store, error) {
 		s.closeFiles()
 		return nil, block.E(op, dir, block.KindNone, err)
 	}
+	for _, p := range s.packs {
+		s.size.Add(p.end)
+	}
+	s.news = newNotices(opt.OnAdd, opt.OnGone)
 	if opt.inline {
 		close(s.kept)
 	} else {
 		go s.keeper()
 	}
+	s.evictIfOver()
 	return s, nil
 }
 
@@ -190,6 +221,12 @@ func (s *Store) enter(op string) error {
 // be made durable; the store is closed in any case.
 func (s *Store) Close() error {
 	s.closing.Store(true)
+	err := s.closeAll()
+	s.news.end() // without the gate: a callback may be waiting for it
+	return err
+}
+
+func (s *Store) closeAll() error {
 	s.gate.Lock()
 	defer s.gate.Unlock()
 	if s.closed {

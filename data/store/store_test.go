@@ -109,6 +109,7 @@ func wantKind(t testing.TB, err error, k block.Kind) {
 func abandon(s *Store) {
 	s.closing.Store(true)
 	s.stopKeeper()
+	s.news.end()
 }
 
 func TestPutGet(t *testing.T) {

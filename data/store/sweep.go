@@ -51,11 +51,14 @@ type candidate struct {
 // Options.SweepBelow is live. Chunks in other packs stay, dead or not: they can
 // be read, and found by Put, until their pack's turn comes.
 //
-// live is called with each signature once or twice, from this goroutine,
+// live is called with each signature a few times, from this goroutine,
 // without a lock that Get, Put or Sync wait for; it must answer true for all
 // that a map refers to and for all that was put, or that Has confirmed, before
 // Sweep was called and is to be referred to. What is put or confirmed while
 // Sweep runs is kept whatever live says. Get, Put and Sync go on meanwhile.
+//
+// A piece is live with any region that consists of it, and needs no answer of
+// its own; about two in a thousand dead ones are taken for live.
 //
 // It returns the bytes of the packs it removed less those of the records it
 // copied, also with an error. It
@@ -86,7 +89,7 @@ func (s *Store) sweepLocked(live func(chunk.Sig) bool) (freed int64, err error) 
 	w := &sweep{guarded: map[chunk.Sig]runs.Loc{}}
 	s.beginSweep(w)
 	defer s.endSweep()
-	todo, err := s.judge(live)
+	todo, live, err := s.judge(live)
 	if err != nil {
 		return 0, err
 	}
@@ -111,6 +114,8 @@ func (s *Store) sweepLocked(live func(chunk.Sig) bool) (freed int64, err error) 
 }
 
 func (s *Store) beginSweep(w *sweep) {
+	s.bundles.Lock()
+	defer s.bundles.Unlock()
 	s.syncMu.Lock()
 	s.appendMu.Lock()
 	s.mu.Lock()
@@ -132,75 +137,142 @@ func (s *Store) endSweep() {
 	s.mu.Unlock()
 }
 
-// judge walks the whole map and returns the packs worth reclaiming.
-func (s *Store) judge(live func(chunk.Sig) bool) ([]*candidate, error) {
-	// What is in memory: entries of this moment. Later ones are guarded.
-	type inMem struct {
-		l  runs.Loc
-		ok bool
-	}
-	recent := map[chunk.Sig]inMem{}
-	cands := map[uint32]*candidate{}
-	s.mu.RLock()
+// census is the map at one moment, for walks that take long.
+type census struct {
+	recent map[chunk.Sig]runs.Loc // what was in memory
+	v      *version               // the caller releases it
+}
+
+// censusLocked wants mu held.
+func (s *Store) censusLocked() census {
+	c := census{recent: make(map[chunk.Sig]runs.Loc, len(s.imm)+len(s.mem)), v: s.ver}
 	for _, m := range []map[chunk.Sig]runs.Loc{s.imm, s.mem} {
 		for sig, l := range m {
-			recent[sig] = inMem{l, l.Flags&runs.Dead == 0}
+			c.recent[sig] = l
 		}
 	}
+	c.v.refs.Add(1)
+	return c
+}
+
+// size is how many entries a walk can meet.
+func (c *census) size() int {
+	n := len(c.recent)
+	for _, r := range c.v.runs {
+		n += r.Count()
+	}
+	return n
+}
+
+// walk calls yield for each entry that is not dead. The errors are those of
+// yield and of damaged pages.
+func (c *census) walk(yield func(sig *chunk.Sig, l runs.Loc) error) error {
+	for sig, l := range c.recent {
+		if l.Flags&runs.Dead == 0 {
+			if err := yield(&sig, l); err != nil {
+				return err
+			}
+		}
+	}
+	all, err := runs.Merge(c.v.plainRuns(), false)
+	for err == nil {
+		var e *runs.Entry
+		if e, err = all.Next(); err != nil || e == nil {
+			break
+		}
+		if _, newer := c.recent[e.Sig]; !newer && e.Flags&runs.Dead == 0 {
+			err = yield(&e.Sig, e.Loc)
+		}
+	}
+	return err
+}
+
+// judge walks the whole map and returns the packs worth reclaiming, and what of
+// them is live: what the caller says, and the pieces of the regions that it says.
+func (s *Store) judge(live func(chunk.Sig) bool) ([]*candidate, func(chunk.Sig) bool, error) {
+	cands := map[uint32]*candidate{}
+	s.mu.RLock()
+	c := s.censusLocked() // what comes later is guarded
 	for id, p := range s.packs {
 		if p.scope {
 			cands[id] = &candidate{pack: p}
 		}
 	}
-	v := s.ver
-	v.refs.Add(1)
 	s.mu.RUnlock()
-	defer s.release(v)
+	defer s.release(c.v)
 
-	note := func(sig chunk.Sig, l runs.Loc) {
-		c := cands[l.Pack]
-		if c == nil || l.Flags&runs.Dead != 0 {
-			return
+	var pieces *runs.Filter // of live regions
+	alive := live
+	n := 0
+	count := func(regions bool) error {
+		for _, c := range cands {
+			c.entries, c.live, c.liveBytes = 0, 0, 0
 		}
-		c.entries++
-		if live(sig) {
-			c.live++
-			c.liveBytes += span(l)
-		}
+		return c.walk(func(sig *chunk.Sig, l runs.Loc) error {
+			if n++; n%1024 == 0 && s.closing.Load() {
+				return &block.Error{Op: "store.sweep", Object: s.dir, Kind: block.KindClosed}
+			}
+			is := alive(*sig)
+			if regions && is && l.Codec == chunk.Recipe {
+				if pieces == nil {
+					pieces = runs.NewFilter(c.size())
+				}
+				if err := s.addPieces(sig, pieces); err != nil {
+					return err
+				}
+			}
+			if c := cands[l.Pack]; c != nil {
+				c.entries++
+				if is {
+					c.live++
+					c.liveBytes += span(l)
+				}
+			}
+			return nil
+		})
 	}
-	for sig, m := range recent {
-		if m.ok {
-			note(sig, m.l)
-		}
+	err := count(true)
+	if err == nil && pieces != nil {
+		alive = func(sig chunk.Sig) bool { return pieces.Has(&sig) || live(sig) }
+		err = count(false)
 	}
-	all, err := runs.Merge(v.plainRuns(), false)
 	if err != nil {
-		return nil, err
-	}
-	for n := 0; ; n++ {
-		e, err := all.Next()
-		if err != nil {
-			return nil, err
-		}
-		if e == nil {
-			break
-		}
-		if n%1024 == 0 && s.closing.Load() {
-			return nil, &block.Error{Op: "store.sweep", Object: s.dir, Kind: block.KindClosed}
-		}
-		if _, newer := recent[e.Sig]; !newer {
-			note(e.Sig, e.Loc)
-		}
+		return nil, nil, err
 	}
 	var todo []*candidate
 	s.mu.RLock()
 	for _, c := range cands {
-		if s.packs[c.id] == c.pack && float64(c.liveBytes) < s.opt.SweepBelow*float64(c.end-packHeader) || c.live == 0 {
+		if s.packs[c.id] == c.pack && (float64(c.liveBytes) < s.opt.SweepBelow*float64(c.end-packHeader) || c.live == 0) {
 			todo = append(todo, c)
 		}
 	}
 	s.mu.RUnlock()
-	return todo, nil
+	return todo, alive, nil
+}
+
+// addPieces adds the pieces of a region. One that is gone or damaged has none.
+func (s *Store) addPieces(sig *chunk.Sig, to *runs.Filter) error {
+	list := s.lists.Get().(*[]chunk.Packed)
+	defer s.lists.Put(list)
+	_, pieces, err := s.recipe("store.sweep", sig, (*list)[:0])
+	*list = pieces[:0]
+	switch block.KindOf(err) {
+	case block.KindNone:
+		for i := range pieces {
+			if pieces[i].Codec != chunk.Zeros {
+				to.Add(&pieces[i].Sig)
+			}
+		}
+		return nil
+	case block.KindNotFound:
+		return nil
+	case block.KindCorrupt:
+		// With a damaged map it may be there all the same, and need its pieces.
+		if !s.mapDamaged.Load() {
+			return nil
+		}
+	}
+	return err
 }
 
 // reclaim copies what is live in a pack to the end of the log and removes it.
@@ -209,7 +281,7 @@ func (s *Store) reclaim(c *candidate, live func(chunk.Sig) bool) (freed int64, e
 	s.retire(c.pack)
 	s.appendMu.Unlock()
 	if c.live == 0 {
-		if n, ok := s.removePack(c.pack); ok {
+		if n, ok := s.sweepPack(c.pack); ok {
 			return n, nil
 		}
 	}
@@ -233,7 +305,7 @@ func (s *Store) reclaim(c *candidate, live func(chunk.Sig) bool) (freed int64, e
 		if err != nil {
 			return -copied, err
 		}
-		if n, ok := s.removePack(c.pack); ok {
+		if n, ok := s.sweepPack(c.pack); ok {
 			return n - copied, nil
 		}
 		n, more, err := s.copyGuarded(c.pack)
@@ -245,19 +317,39 @@ func (s *Store) reclaim(c *candidate, live func(chunk.Sig) bool) (freed int64, e
 	return -copied, nil
 }
 
-// removePack takes a pack out of the store unless it holds a chunk that
-// somebody was told of, and removes its file.
-func (s *Store) removePack(p *pack) (bytes int64, ok bool) {
+// sweepPack removes a pack unless it holds a chunk that somebody was told of.
+func (s *Store) sweepPack(p *pack) (bytes int64, ok bool) {
+	sigs := s.sigsIn(p)
+	bytes, _, ok = s.removePack(p, false)
+	if ok {
+		s.noteGone(sigs)
+	}
+	return bytes, ok
+}
+
+// removePack takes a pack out of the store, removes its file, and returns its
+// bytes and how many chunks the map had in it. Unless evicting, one that holds a
+// chunk which somebody was told of stays.
+func (s *Store) removePack(p *pack, evicting bool) (bytes, chunks int64, ok bool) {
 	s.syncMu.Lock() // no sync may have it in hand
 	defer s.syncMu.Unlock()
 	s.appendMu.Lock()
 	s.mu.Lock()
-	ok = !p.pin && p.bad == 0
-	for _, l := range s.sweep.guarded {
-		ok = ok && l.Pack != p.id
+	if s.packs[p.id] != p {
+		// Somebody else removed it.
+		s.mu.Unlock()
+		s.appendMu.Unlock()
+		return 0, 0, true
+	}
+	ok = p != s.active && p.bad == 0
+	if !evicting {
+		ok = ok && !p.pin
+		for _, l := range s.sweep.guarded {
+			ok = ok && l.Pack != p.id
+		}
 	}
 	if ok {
-		bytes = p.end
+		bytes, chunks = p.end, p.live.chunks
 		delete(s.packs, p.id)
 	}
 	s.mu.Unlock()
@@ -270,19 +362,24 @@ func (s *Store) removePack(p *pack) (bytes int64, ok bool) {
 	}
 	s.appendMu.Unlock()
 	if !ok {
-		return 0, false
+		return 0, 0, false
 	}
-	if err := s.unlink(p); err != nil {
+	s.size.Add(-bytes)
+	// A sweep holds packs while it asks its caller, who may be in a Put that evicts.
+	if err := s.unlink(p, !evicting); err != nil {
 		s.log.Warn("store: a pack could not be removed; the next start tries again", "pack", packName(p.id), "error", err)
-		return 0, true
+		return 0, chunks, true
 	}
-	return bytes, true
+	return bytes, chunks, true
 }
 
 // copyLive copies the live chunks of a pack. It returns how many of the map's
 // entries it met and the bytes it wrote.
 func (s *Store) copyLive(c *candidate, live func(chunk.Sig) bool) (seen, copied int64, err error) {
 	f, err := s.hold(c.pack)
+	if errors.Is(err, errGone) {
+		return c.entries, 0, nil // evicted
+	}
 	if err != nil {
 		return 0, 0, fmt.Errorf("pack %s: %w", packName(c.id), err)
 	}

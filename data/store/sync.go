@@ -234,13 +234,15 @@ func (s *Store) trimMoved() {
 			s.mu.Lock()
 			delete(s.packs, p.id)
 			s.mu.Unlock()
-			s.unlink(p)
+			s.size.Add(-p.end)
+			s.unlink(p, true)
 			continue
 		}
 		// Should this fail, the bytes are garbage that costs space only.
 		if f, err := s.fs.Open(s.packPath(p.id), disk.Write); err == nil {
 			if f.Truncate(p.bad) == nil {
 				s.mu.Lock()
+				s.size.Add(p.bad - p.end)
 				p.end = p.bad
 				s.mu.Unlock()
 			}

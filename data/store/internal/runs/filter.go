@@ -19,6 +19,20 @@ const (
 	probes      = 6  // of 9 bits each
 )
 
+// Filter is the filter of a run, for a set of signatures that is too large to
+// keep exactly. Add and Has must not be called at once.
+type Filter struct{ f filter }
+
+// NewFilter makes a filter for n signatures, two bytes each: of those never
+// added, Has answers true for about two in a thousand.
+func NewFilter(n int) *Filter { return &Filter{newFilter(2 * n)} }
+
+// Add adds a signature.
+func (f *Filter) Add(s *chunk.Sig) { f.f.add(s) }
+
+// Has says whether a signature may have been added; false is certain.
+func (f *Filter) Has(s *chunk.Sig) bool { return f.f.has(s) }
+
 func newFilter(n int) filter {
 	blocks := max(1, (n*filterBits+filterBlock*8-1)/(filterBlock*8))
 	return make(filter, blocks*filterBlock)
