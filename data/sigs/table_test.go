@@ -423,10 +423,10 @@ func TestConcurrent(t *testing.T) {
 			t.Errorf("chunk %d: %s", i, kind)
 		}
 	}
-	if err := tab.Close(func() (string, error) { return "z", nil }); err != nil {
+	if err := tab.Close(func() (string, error) { return "y", nil }); err != nil {
 		t.Fatal(err)
 	}
-	if tab, err = Open(disk.OS(), dir+"/s/sigs", Options{Chunks: twinChunks, ChunkBytes: 8, State: "z"}); err != nil || !tab.Stats().Kept {
+	if tab, err = Open(disk.OS(), dir+"/s/sigs", Options{Chunks: twinChunks, ChunkBytes: 8, State: "y"}); err != nil || !tab.Stats().Kept {
 		t.Fatal(err, tab.Stats())
 	}
 	if err := tab.Close(nil); err != nil {
