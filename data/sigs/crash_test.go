@@ -263,17 +263,26 @@ func (l *life) step() error {
 	return nil
 }
 
+// seedCount is how many seeds a test goes through: FORERUN_SEEDS, or what takes a second.
+func seedCount(t *testing.T) uint64 {
+	t.Helper()
+	if s := os.Getenv("FORERUN_SEEDS"); s != "" {
+		n, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if testing.Short() || racing {
+		return 30
+	}
+	return 150
+}
+
 // TestAnyCrash lives many lives, one after the other, each cut short at any call
 // or between two; what the next one is told must be true of the source.
 func TestAnyCrash(t *testing.T) {
-	seeds := uint64(250)
-	if s := os.Getenv("SIGS_SEEDS"); s != "" {
-		n, _ := strconv.Atoi(s)
-		seeds = uint64(n)
-	}
-	if testing.Short() {
-		seeds = 40
-	}
+	seeds := seedCount(t)
 	kept, full := 0, 0
 	for seed := range seeds {
 		r := rand.New(rand.NewPCG(seed, 77))
@@ -341,14 +350,7 @@ func TestAnyCrash(t *testing.T) {
 // TestAnyFault makes calls of the file fail: nothing is told to whom writes the
 // source, and nothing wrong is ever believed.
 func TestAnyFault(t *testing.T) {
-	seeds := uint64(250)
-	if s := os.Getenv("SIGS_SEEDS"); s != "" {
-		n, _ := strconv.Atoi(s)
-		seeds = uint64(n)
-	}
-	if testing.Short() {
-		seeds = 40
-	}
+	seeds := seedCount(t)
 	off := 0
 	for seed := range seeds {
 		r := rand.New(rand.NewPCG(seed, 78))

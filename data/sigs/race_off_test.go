@@ -1,0 +1,5 @@
+//go:build !race
+
+package sigs
+
+const racing = false
