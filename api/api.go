@@ -112,6 +112,7 @@ type Volume struct {
 	Fill       Fill    `json:"fill"`
 	StoreBytes int64   `json:"store_bytes" doc:"bytes the site's store takes, all volumes together"`
 	Store      Store   `json:"store"`
+	Dedup      Dedup   `json:"dedup"`
 	Cache      Cache   `json:"cache"`
 	Journal    Journal `json:"journal"`
 	Cutover    Cutover `json:"cutover"`
@@ -175,6 +176,19 @@ type Store struct {
 	PlainBytes int64 `json:"plain_bytes"`
 	Packs      int64 `json:"packs"`
 	Corrupt    int64 `json:"corrupt"`
+}
+
+// Dedup is what did not have to cross the link because the site held it.
+type Dedup struct {
+	Domain       string `json:"domain,omitempty" doc:"volumes share chunks inside one dedup domain only; empty: the common one"`
+	Chunking     string `json:"chunking,omitempty" doc:"fixed or content, at a backend"`
+	Chunks       int64  `json:"chunks" doc:"chunks that came as a signature alone, asked or unasked; at a backend, sent to all frontends"`
+	Repairs      int64  `json:"repairs" doc:"signatures of chunks that were not held, whose bytes had to be asked for"`
+	KnownChunks  int64  `json:"known_chunks" doc:"at a backend: chunks of the source whose content is known"`
+	HashedBytes  int64  `json:"hashed_bytes" doc:"at a backend: plain bytes that a signature was computed of, for all volumes"`
+	Scan         string `json:"scan,omitempty" doc:"at a backend: stopped, running, holding or done, of the scan that learns signatures ahead"`
+	EvictedBytes int64  `json:"evicted_bytes" doc:"dropped from the store to keep to its limit"`
+	LimitBytes   int64  `json:"limit_bytes" doc:"limit of the store, 0 for none"`
 }
 
 // Cache counts where local reads were answered.

@@ -10,7 +10,6 @@ import (
 	"forerun/daemon/backend"
 	"forerun/daemon/frontend"
 	"forerun/data/replica"
-	"forerun/internal/chunk"
 
 	"github.com/spf13/cobra"
 )
@@ -49,6 +48,8 @@ func backendCommand() *cobra.Command {
 		cfg     backend.Config
 		logs    logFlags
 		volumes []string
+
+		sizes, chunking []string
 	)
 	cmd := &cobra.Command{
 		Use:   "backend --pki DIR --name NAME --state DIR --listen HOST:PORT --volume NAME=SOURCE …",
@@ -64,6 +65,9 @@ func backendCommand() *cobra.Command {
 					return err
 				}
 				cfg.Volumes = append(cfg.Volumes, p)
+			}
+			if err := cfg.SetChunks(sizes, chunking); err != nil {
+				return err
 			}
 			if cfg.Log, err = logs.logger(); err != nil {
 				return err
@@ -82,7 +86,8 @@ func backendCommand() *cobra.Command {
 	f.StringVar(&cfg.Listen, "listen", "", "HOST:PORT that frontends connect to")
 	f.StringArrayVar(&volumes, "volume", nil, "NAME=SOURCE; may be given again")
 	f.BoolVar(&cfg.ReadOnly, "read-only", false, "never change a source: nothing is written back")
-	f.IntVar(&cfg.ChunkBytes, "chunk", chunk.DefaultSize, "chunk size in bytes, a power of two from 16384 to 1048576")
+	f.StringArrayVar(&sizes, "chunk", nil, "[NAME=]BYTES: chunk size of all volumes or of one, a power of two from 16384 to 1048576; may be given again (default 65536)")
+	f.StringArrayVar(&chunking, "chunking", nil, "[NAME=]fixed or [NAME=]content: chunks are cut at fixed places, or into pieces by their content, which finds bytes again that moved; may be given again (default fixed)")
 	logs.add(cmd)
 	required(cmd, "pki", "name", "state", "listen", "volume")
 	return cmd
@@ -94,6 +99,8 @@ func frontendCommand() *cobra.Command {
 		logs   logFlags
 		onLoss string
 		groups []string
+
+		domains []string
 
 		volumes []string
 	)
@@ -130,6 +137,14 @@ func frontendCommand() *cobra.Command {
 				}
 				cfg.Groups[name] = vols
 			}
+			cfg.Domains = map[string]string{}
+			for _, d := range domains {
+				vol, name, err := frontend.ParseDomain(d)
+				if err != nil {
+					return err
+				}
+				cfg.Domains[vol] = name
+			}
 			fe, err := frontend.New(cfg)
 			if err != nil {
 				return err
@@ -148,6 +163,8 @@ func frontendCommand() *cobra.Command {
 	f.Int64Var(&cfg.ScratchBytes, "scratch", frontend.DefaultScratchBytes, "scratch tier of each volume, bytes; 0 for none")
 	f.IntVar(&cfg.BackgroundConns, "background-connections", 0, "connections for the background; 0 for the default")
 	f.BoolVar(&cfg.FillPaused, "fill-paused", false, "begin with the background transfer paused")
+	f.Int64Var(&cfg.StoreLimit, "store-limit", 0, "most bytes of chunks kept on disk, for each dedup domain; what was read least lately is dropped and fetched again when needed; 0 for no limit")
+	f.StringArrayVar(&domains, "domain", nil, "VOLUME=DOMAIN: keep the volume's chunks apart from those of other domains, under a key of their own; may be given again")
 	f.Int64Var(&cfg.FillLimit, "fill-limit", 0, "limit of the background transfer, bytes a second on the link; 0 for none")
 	f.StringVar(&cfg.Peer, "peer", "", "HOST:PORT of the other frontend, which holds every write too")
 	f.StringVar(&cfg.PeerListen, "peer-listen", "", "HOST:PORT where the other frontend finds this one")

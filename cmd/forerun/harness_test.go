@@ -73,6 +73,8 @@ type site struct {
 	sock     string // of the export
 	backend  *proc
 	frontend *proc
+
+	backendFlags []string // more of them, for startBackend
 }
 
 type proc struct {
@@ -164,7 +166,7 @@ func (s *site) startBackend(volumes ...string) {
 	for _, v := range volumes {
 		args = append(args, "--volume", v)
 	}
-	s.backend = start(s.t, s.path("backend.log"), binary, args...)
+	s.backend = start(s.t, s.path("backend.log"), binary, append(args, s.backendFlags...)...)
 	s.await(s.backend, func() bool {
 		_, err := client.New(s.path("bstate")).Node(context.Background())
 		return err == nil

@@ -270,6 +270,7 @@ func printVolume(w io.Writer, v api.Volume) {
 	row("clients", "%d", v.Clients)
 	if v.Role == api.RoleBackend {
 		row("link", "%s received, %s sent", bytesText(float64(v.WAN.ReceivedBytes)), bytesText(float64(v.WAN.SentBytes)))
+		row("dedup", "%s chunking; content of %d chunks known, scan %s; %d sent as signatures", v.Dedup.Chunking, v.Dedup.KnownChunks, v.Dedup.Scan, v.Dedup.Chunks)
 		end()
 		return
 	}
@@ -290,7 +291,15 @@ func printVolume(w io.Writer, v api.Volume) {
 		fill += " (" + v.Fill.Reason + ")"
 	}
 	row("fill", "%s, %s left, %s/s, eta %s", fill, bytesText(float64(v.Fill.RemainingBytes)), bytesText(v.Fill.RateBytes), etaText(v.Fill.ETAS))
-	row("store", "%s on disk", bytesText(float64(v.StoreBytes)))
+	store := bytesText(float64(v.StoreBytes)) + " on disk"
+	if v.Dedup.LimitBytes > 0 {
+		store += fmt.Sprintf(" of %s, %s dropped", bytesText(float64(v.Dedup.LimitBytes)), bytesText(float64(v.Dedup.EvictedBytes)))
+	}
+	if v.Dedup.Domain != "" {
+		store += ", domain " + v.Dedup.Domain
+	}
+	row("store", "%s", store)
+	row("dedup", "%d chunks were here already, %d wrong guesses", v.Dedup.Chunks, v.Dedup.Repairs)
 	row("cache", "%d memory hits, %d scratch hits, %d misses", v.Cache.MemoryHits, v.Cache.ScratchHits, v.Cache.Misses)
 	row("journal", "%d writes, %s retained", v.Journal.Records, bytesText(float64(v.Journal.RetainedBytes)))
 	if v.Cutover.State != "" && v.Cutover.State != "idle" {

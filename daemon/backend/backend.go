@@ -35,8 +35,11 @@ type Config struct {
 	StateDir string
 	Listen   string // HOST:PORT
 	Volumes  []Volume
-	// ChunkBytes is the chunk size of all volumes, 0 for chunk.DefaultSize.
+	// ChunkBytes is the chunk size of volumes that name none, 0 for
+	// chunk.DefaultSize. Content has chunks cut into pieces by content where a
+	// volume does not say.
 	ChunkBytes int
+	Content    bool
 	// ReadOnly never changes a source: nothing is written back.
 	ReadOnly bool
 	Log      *slog.Logger
@@ -46,6 +49,11 @@ type Config struct {
 type Volume struct {
 	Name   string
 	Source string // what source.Open takes
+	// ChunkBytes is the chunk size, 0 for the backend's.
+	ChunkBytes int
+	// Content has chunks cut by content, so that bytes that moved are found
+	// again; nil is as the backend has it.
+	Content *bool
 }
 
 // ParseVolume reads NAME=SOURCE.
@@ -57,7 +65,7 @@ func ParseVolume(s string) (Volume, error) {
 	if strings.ContainsAny(name, "/\x00") || name == "." || name == ".." || len(name) > 255 {
 		return Volume{}, fmt.Errorf("--volume %q: a volume's name has no slash, is not . or .., and has at most 255 bytes", name)
 	}
-	return Volume{name, src}, nil
+	return Volume{Name: name, Source: src}, nil
 }
 
 // Backend is the daemon.
@@ -79,6 +87,10 @@ type served struct {
 	away atomic.Pointer[string] // why calls of dev wait for its server, nil or empty when they do not
 	dev  block.Device           // nil: it was given back in an earlier life
 	loss *writeback.Loss        // guarded by Backend.mu: of an abort by force
+
+	chunkBytes int
+	cutter     *chunk.Cutter // nil: chunks are fixed
+	memory     *memory       // nil with dev
 }
 
 // New checks cfg and returns the daemon, which has done nothing yet.
@@ -94,8 +106,17 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.ChunkBytes == 0 {
 		cfg.ChunkBytes = chunk.DefaultSize
 	}
-	if c := cfg.ChunkBytes; c < chunk.MinSize || c > chunk.MaxSize || c&(c-1) != 0 {
-		return nil, fmt.Errorf("chunk size %d is not a power of two between %d and %d", c, chunk.MinSize, chunk.MaxSize)
+	for i := range cfg.Volumes {
+		v := &cfg.Volumes[i]
+		if v.ChunkBytes == 0 {
+			v.ChunkBytes = cfg.ChunkBytes
+		}
+		if v.Content == nil {
+			v.Content = &cfg.Content
+		}
+		if c := v.ChunkBytes; c < chunk.MinSize || c > chunk.MaxSize || c&(c-1) != 0 {
+			return nil, fmt.Errorf("--chunk: the chunk size of volume %s, %d, is not a power of two from %d to %d", v.Name, c, chunk.MinSize, chunk.MaxSize)
+		}
 	}
 	return &Backend{cfg: cfg, open: map[string]*served{}}, nil
 }
@@ -166,7 +187,7 @@ func (b *Backend) openSources(ctx context.Context) error {
 			b.cfg.Log.Warn("the move of this volume was called off; its source is not opened (forerun discard forgets that)", "volume", v.Name)
 			continue
 		}
-		s := &served{spec: v}
+		s := &served{spec: v, chunkBytes: v.ChunkBytes}
 		dev, err := source.Open(ctx, v.Source, source.Options{
 			Log:      b.cfg.Log.With("volume", v.Name),
 			OnState:  func(why string) { s.away.Store(&why) },
@@ -179,6 +200,9 @@ func (b *Backend) openSources(ctx context.Context) error {
 		s.dev = block.NewChecked("source "+v.Name, dev)
 		b.open[v.Name] = s
 		b.names = append(b.names, v.Name)
+		if err := b.remember(s); err != nil {
+			return fmt.Errorf("volume %s: %w", v.Name, err)
+		}
 		i := dev.Info()
 		b.cfg.Log.Info("source is owned", "volume", v.Name, "source", v.Source, "size", i.Size, "read_only", i.ReadOnly)
 	}
@@ -189,19 +213,39 @@ func (b *Backend) openSources(ctx context.Context) error {
 func (b *Backend) closeSources() error {
 	var errs []error
 	for _, s := range b.open {
-		if s.dev != nil {
-			errs = append(errs, s.dev.Close())
-		}
+		errs = append(errs, s.close())
 	}
 	return errors.Join(errs...)
 }
 
-func (b *Backend) lookup(volume string) (block.Device, int, error) {
-	dev, err := b.source(volume)
-	if name, clone, ok := writeback.ParseClone(volume); ok && b.open[volume] == nil {
-		dev, err = b.clone(name, clone)
+// close ends what is remembered of the source, and the source.
+func (s *served) close() error {
+	var err error
+	if s.memory != nil {
+		err = s.memory.close(s.dev)
 	}
-	return dev, b.cfg.ChunkBytes, err
+	if s.dev != nil {
+		err = errors.Join(err, s.dev.Close())
+	}
+	return err
+}
+
+func (b *Backend) lookup(volume string) (wire.Served, error) {
+	name, clone, ok := writeback.ParseClone(volume)
+	if !ok || b.open[volume] != nil {
+		dev, err := b.source(volume)
+		if err != nil {
+			return wire.Served{}, err
+		}
+		s := b.open[volume]
+		return wire.Served{Device: dev, ChunkBytes: s.chunkBytes, Signatures: s.memory, Cutter: s.cutter}, nil
+	}
+	dev, err := b.clone(name, clone)
+	if err != nil {
+		return wire.Served{}, err
+	}
+	// What is remembered is of the source as it is, not as it was when the clone began.
+	return wire.Served{Device: dev, ChunkBytes: b.open[name].chunkBytes, Cutter: b.open[name].cutter}, nil
 }
 
 func (b *Backend) unknown(volume string) error {
@@ -241,7 +285,7 @@ func (b *Backend) status(s *served) api.Volume {
 	st := b.server.Stats()
 	v := api.Volume{
 		Volume: s.spec.Name, Role: api.RoleBackend, Phase: api.PhaseServing, Primary: api.PrimarySource,
-		SizeBytes: i.Size, ChunkBytes: int64(b.cfg.ChunkBytes), Source: s.spec.Source, ReadOnly: i.ReadOnly,
+		SizeBytes: i.Size, ChunkBytes: int64(s.spec.ChunkBytes), Source: s.spec.Source, ReadOnly: i.ReadOnly,
 		Clients: st.Sessions,
 		WAN: api.WAN{DemandBytes: st.DemandBytes, BackgroundBytes: st.BackgroundBytes, SentBytes: st.SentBytes,
 			ReceivedBytes: st.ReceivedBytes, Connected: st.Sessions > 0},
@@ -249,6 +293,16 @@ func (b *Backend) status(s *served) api.Volume {
 	}
 	if why := b.sourceAway(s.spec.Name); why != "" {
 		v.Waiting = "the source does not answer: " + why
+	}
+	v.Dedup = api.Dedup{Chunking: "fixed", Chunks: st.SameChunks + st.Announced, HashedBytes: st.HashedBytes}
+	if s.cutter != nil {
+		v.Dedup.Chunking = "content"
+	}
+	if s.memory != nil {
+		data, zero := s.memory.table.Known()
+		scan := s.memory.scan.Stats()
+		v.Dedup.KnownChunks, v.Dedup.Scan = data+zero, string(scan.State)
+		v.Dedup.HashedBytes += scan.Hashed
 	}
 	b.pairStatus(s, &v)
 	return v

@@ -109,8 +109,8 @@ func (b *Backend) source(volume string) (block.Device, error) {
 // release closes and unlocks a source. Calls under way end first; later ones
 // are refused.
 func (b *Backend) release(_ context.Context, volume string) error {
-	if s := b.open[volume]; s != nil && s.dev != nil {
-		return s.dev.Close()
+	if s := b.open[volume]; s != nil {
+		return s.close()
 	}
 	return nil
 }

@@ -21,6 +21,7 @@ import (
 const (
 	DefaultMemoryBytes  = 128 << 20
 	DefaultScratchBytes = 4 << 30
+	minStoreLimit       = 16 << 20
 )
 
 // Config is what the daemon is told.
@@ -39,6 +40,12 @@ type Config struct {
 	ScratchBytes int64
 	// BackgroundConns is how many connections carry the background, 0 for the default.
 	BackgroundConns int
+	// Domains are the dedup domains by volume: volumes share chunks inside one
+	// only. What is in none is in the common one.
+	Domains map[string]string
+	// StoreLimit bounds each domain's store in bytes, 0 for no bound. What was
+	// read least lately is dropped, and fetched again when it is needed.
+	StoreLimit int64
 	// FillPaused starts with the background transfer paused.
 	FillPaused bool
 	// FillLimit bounds the background transfer in bytes a second on the link, 0 for none.
@@ -212,6 +219,17 @@ func (c *Config) check() error {
 	}
 	if c.FailBackAfter < 0 || c.CheckpointInterval < 0 || c.CheckpointBytes < 0 {
 		return errors.New("intervals and sizes of checkpoints cannot be negative")
+	}
+	for v, d := range c.Domains {
+		if !slices.Contains(c.Volumes, v) {
+			return fmt.Errorf("--domain %s=%s: there is no volume %s here; say --volume %s too", v, d, v, v)
+		}
+		if err := checkDomain(d); err != nil {
+			return err
+		}
+	}
+	if c.StoreLimit != 0 && c.StoreLimit < minStoreLimit {
+		return fmt.Errorf("--store-limit %d is less than %d bytes, which cannot work; 0 is no limit", c.StoreLimit, minStoreLimit)
 	}
 	if c.MemoryBytes < 0 || c.ScratchBytes < 0 || c.FillLimit < 0 || c.BackgroundConns < 0 {
 		return errors.New("sizes, limits and numbers of connections cannot be negative")

@@ -21,7 +21,6 @@ import (
 	"forerun/data/cache"
 	"forerun/data/export/nbd"
 	"forerun/data/stack"
-	"forerun/data/store"
 	"forerun/data/wire"
 	"forerun/data/writeback"
 	"forerun/disk"
@@ -38,9 +37,9 @@ type Frontend struct {
 	log     *slog.Logger
 	started time.Time
 
-	store  *store.Store
-	memory *cache.Memory
-	nbd    *nbd.Server
+	domains map[string]*domain // by name, set before anything reads it
+	memory  *cache.Memory
+	nbd     *nbd.Server
 
 	links []*backendLink // one for each backend, set by New
 
@@ -99,10 +98,10 @@ func (f *Frontend) Run(ctx context.Context) (err error) {
 	if err := f.openPair(); err != nil {
 		return err
 	}
-	if f.store, err = store.Open(f.fs, filepath.Join(f.cfg.StateDir, "store"), store.Options{Log: f.log}); err != nil {
+	defer func() { err = errors.Join(err, f.closeDomains()) }()
+	if err := f.openDomains(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.store.Close()) }()
 	f.memory = cache.NewMemory(f.cfg.MemoryBytes)
 	f.nbd = nbd.NewServer(nbd.Options{Exports: f, TLS: nbdTLS, Near: near, Log: f.log})
 	// The link goes last: a read that waits for it may still be answered while
@@ -288,11 +287,12 @@ func pathName(name string) string { return url.PathEscape(name) }
 
 func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 	log := f.log.With("volume", meta.Volume)
+	d := f.domain(meta.Volume)
 	v, err := stack.Open(ctx, meta, stack.Options{
 		FS: f.fs, Dir: f.volumeDir(meta.Volume),
 		ScratchDir: f.scratchDir(meta.Volume),
-		Store:      f.store, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
-		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit,
+		Store:      d.store, Key: d.key, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
+		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit, Hold: d.full(f.cfg.StoreLimit),
 		Reserved: []string{f.cfg.StateDir}, OnSwitched: func() { f.leave(f.link(meta.Volume)) }, Log: log,
 		Pair: f.stackPair(meta.Volume), Isolated: f.cfg.Policy == api.PolicyIsolated,
 	})
@@ -402,7 +402,7 @@ func (f *Frontend) attach(ctx context.Context, client *wire.Client, name string)
 	if f.cfg.Isolated {
 		asked = name + "@" + f.cfg.Name // as it is now, whatever becomes of the source
 	}
-	remote, err := client.Open(ctx, asked)
+	remote, err := client.OpenFor(ctx, asked, f.domain(name).site)
 	if err != nil {
 		return err
 	}

@@ -158,12 +158,12 @@ func (f *Frontend) aboutVolume(name string) ([]byte, error) {
 }
 
 // chunks finds a volume for the peer.
-func (f *Frontend) chunks(name string) (block.Device, int, error) {
+func (f *Frontend) chunks(name string) (wire.Served, error) {
 	v := f.volume(name)
 	if v == nil {
-		return nil, 0, block.E("peer.open", name, block.KindUnavailable, errors.New("the volume is not open here"))
+		return wire.Served{}, block.E("peer.open", name, block.KindUnavailable, errors.New("the volume is not open here"))
 	}
-	return v.Chunks(), v.ChunkBytes(), nil
+	return wire.Served{Device: v.Chunks(), ChunkBytes: v.ChunkBytes()}, nil
 }
 
 func (f *Frontend) peerUp(up bool) {
@@ -232,7 +232,7 @@ func (f *Frontend) fetchFromPeer(ctx context.Context) error {
 					continue
 				}
 				o, cancel := context.WithTimeout(ctx, 5*time.Second)
-				r, err := c.Open(o, v.Name())
+				r, err := c.OpenFor(o, v.Name(), f.domain(v.Name()).site)
 				cancel()
 				if err != nil {
 					continue

@@ -97,8 +97,10 @@ func (f *Frontend) status(name string) api.Volume {
 		s.Waiting = "the source does not answer the backend " + b.addr + ": " + away
 	}
 	f.pairStatus(name, v, &s)
-	st := f.store.Stats()
+	d := f.domain(name)
+	st := d.store.Stats()
 	s.StoreBytes = st.DiskBytes + st.MapBytes
+	s.Dedup.Domain, s.Dedup.EvictedBytes, s.Dedup.LimitBytes = d.name, st.EvictedBytes, f.cfg.StoreLimit
 	s.Store = api.Store{Chunks: st.Chunks, PlainBytes: st.PlainBytes, Packs: int64(st.Packs), Corrupt: st.Corrupt}
 	s.Clients = int(f.nbd.Stats().Connections)
 	return s

@@ -84,6 +84,16 @@ func Open(ctx context.Context, spec string, o Options) (block.Device, error) {
 	return d, nil
 }
 
+// File is the path of a source that is one raw file or block device, and
+// whether spec names such a one.
+func File(spec string) (path string, ok bool) {
+	s, err := parse(spec)
+	if err != nil || s.uri || s.format != "" && s.format != "raw" {
+		return "", false
+	}
+	return s.path, true
+}
+
 // device avoids a nil pointer in a non-nil interface.
 func device[D block.Device](d D, err error) (block.Device, error) {
 	if err != nil {

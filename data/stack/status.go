@@ -54,6 +54,7 @@ func (src *sourceSide) status(s *api.Volume) {
 	s.WAN.DemandBytes, s.WAN.BackgroundBytes = qs.DemandBytes, qs.BackgroundBytes
 	s.Demand = api.Demand{Reads: qs.DemandWaits, Waiting: int64(qs.DemandQueued + qs.DemandInFlight),
 		P50Us: qs.DemandP50.Microseconds(), P99Us: qs.DemandP99.Microseconds(), Joined: qs.Joined}
+	s.Dedup.Chunks, s.Dedup.Repairs = vs.Adopted, qs.Repaired
 	remaining := s.Chunks.Absent * s.ChunkBytes
 	s.Fill = api.Fill{State: string(fs.State), Reason: fs.Reason, RateBytes: fs.RateBytes, LimitBytes: fs.Limit,
 		RemainingBytes: remaining, ETAS: -1, WindowBytes: qs.WindowBytes, InFlight: int64(qs.BackgroundInFlight)}

@@ -22,6 +22,7 @@ import (
 	"forerun/data/wire"
 	"forerun/data/writeback"
 	"forerun/disk"
+	"forerun/internal/chunk"
 )
 
 // Options says what a volume is put together from.
@@ -30,11 +31,14 @@ type Options struct {
 	Dir        string // the volume's directory
 	ScratchDir string // where its scratch file goes; may be emptied while stopped
 	Store      *store.Store
+	Key        chunk.Key     // of the store's signatures
 	Memory     *cache.Memory // shared by the volumes of a frontend
 	// ScratchBytes is the quota of the scratch tier, 0 for none.
 	ScratchBytes int64
 	FillPaused   bool
-	FillLimit    int64 // bytes a second on the link, 0 for none
+	// Hold, if set, says why the fill should bring nothing more for now.
+	Hold      func() string
+	FillLimit int64 // bytes a second on the link, 0 for none
 	// Reserved are files and directories that a cut-over must not write to.
 	Reserved []string
 	// OnSwitched is called, if set, when the native target has become primary
@@ -223,7 +227,7 @@ func openSource(m Meta, o Options) (s *sourceSide, err error) {
 	}
 	if s.volume, err = volume.Open(o.FS, path.Join(o.Dir, mapDir), volume.Options{
 		Name: m.Volume, Size: m.SizeBytes, BlockSize: m.BlockBytes, ChunkBytes: m.ChunkBytes, SourceID: m.SourceID,
-		Store: o.Store, Tier: s.cache, Log: o.Log}); err != nil {
+		Store: o.Store, Key: o.Key, Tier: s.cache, Log: o.Log}); err != nil {
 		return s, err
 	}
 	s.sched = sched.New(s.link, s.volume.Deliver, sched.Options{ChunkBytes: m.ChunkBytes})
@@ -237,7 +241,7 @@ func openSource(m Meta, o Options) (s *sourceSide, err error) {
 	}
 	s.patience = newPatience(s.journal, o.Log, spaceRetry)
 	s.pump = fill.New(s.volume, s.sched, fill.Options{Chunks: s.volume.Chunks(), ChunkBytes: int64(m.ChunkBytes),
-		Paused: o.FillPaused, Limit: o.FillLimit, Log: o.Log})
+		Paused: o.FillPaused, Limit: o.FillLimit, Hold: o.Hold, Log: o.Log})
 	return s, nil
 }
 
@@ -302,6 +306,7 @@ func (v *Volume) Attach(r *wire.Remote) error {
 		return err
 	}
 	v.source.link.attach(r)
+	r.Announce(v.source.volume)
 	return nil
 }
 

@@ -31,9 +31,20 @@ func (v *Volume) Deliver(i int64, p chunk.Packed) error {
 	}
 	buf := v.buf(i)
 	defer v.bufs.Put(buf)
-	if err := p.Open(*buf); err != nil {
+	stored, err := v.unpack(p, *buf)
+	switch block.KindOf(err) {
+	case block.KindNone:
+	case block.KindNotFound:
+		v.n.unknown.Add(1)
+		return block.E("volume.deliver", v.chunkName(i), block.KindNotFound, err)
+	case block.KindCorrupt:
 		v.n.corrupt.Add(1)
 		return block.E("volume.deliver", v.chunkName(i), block.KindCorrupt, err)
+	default:
+		// It could not be kept, but the bytes are right.
+		v.hand(i, *buf)
+		v.n.refused.Add(1)
+		return block.E("volume.deliver", v.chunkName(i), 0, err)
 	}
 	v.n.delivered.Add(1)
 	f := block.Background
@@ -52,7 +63,9 @@ func (v *Volume) Deliver(i int64, p chunk.Packed) error {
 		return nil
 	}
 	v.opt.Tier.Put(i, *buf, f)
-	_, err := v.opt.Store.Put(p)
+	if !stored {
+		_, err = v.opt.Store.Put(p)
+	}
 	if err == nil {
 		err = v.sigs.writeRun(p.Sig[:], i)
 	}
@@ -63,6 +76,17 @@ func (v *Volume) Deliver(i int64, p chunk.Packed) error {
 	defer v.lockChunk(i).RUnlock()
 	v.table.setBase(i, baseUntouched, baseHeld)
 	return nil
+}
+
+// unpack opens p into dst and verifies it. A bundle is kept by that already.
+func (v *Volume) unpack(p chunk.Packed, dst []byte) (stored bool, err error) {
+	if p.Codec == chunk.Bundle {
+		return true, v.opt.Store.PutBundle(p, dst)
+	}
+	if err := p.OpenUnder(&v.opt.Key, dst); err != nil {
+		return false, block.E("volume.deliver", "", block.KindCorrupt, err)
+	}
+	return false, nil
 }
 
 // deliverKnown is Deliver of a signature.

@@ -77,3 +77,45 @@ func TestHeldByContent(t *testing.T) {
 	g.v.opt.Tier.Drop(2)
 	g.same(t, want)
 }
+
+// TestChunksInPieces: a chunk that comes as a bundle is served, kept and held by
+// its recipe; without a piece it needs it is refused, on a full disk it is
+// served all the same, damaged it is not.
+func TestChunksInPieces(t *testing.T) {
+	content := source(6, 2<<20)
+	g := newRig(t, twinFS(6), content, 256<<10)
+	cut, err := chunk.NewCutter(256 << 10)
+	must(t, err)
+	pack := func(buf, p []byte) (chunk.Codec, []byte) { return chunk.Pack(buf, p, chunk.S2) }
+	bundle := func(i int, held func(chunk.Sig) bool) chunk.Packed {
+		return chunk.BuildBundle(nil, content[i<<18:(i+1)<<18], cut, &chunk.Key{}, pack, held)
+	}
+	all := func(s chunk.Sig) bool { return s != cut.Sum(&chunk.Key{}, content[1<<18:2<<18]) }
+	wantKind(t, g.v.Deliver(1, bundle(1, all)), block.KindNotFound)
+	must(t, g.v.Deliver(1, bundle(1, nil)))
+	must(t, g.v.Deliver(2, bundle(2, nil)))
+	if got := g.read(t, 1<<18, 2<<18); !bytes.Equal(got, content[1<<18:3<<18]) {
+		t.Fatal("other bytes")
+	}
+	bad := bundle(3, nil)
+	bad.Data[len(bad.Data)-1] ^= 1
+	wantKind(t, g.v.Deliver(3, bad), block.KindCorrupt)
+
+	g.remote.bundles = bundle
+	g.store.mu.Lock()
+	g.store.full = true
+	g.store.mu.Unlock()
+	if got := g.read(t, 4<<18, 1<<18); !bytes.Equal(got, content[4<<18:5<<18]) {
+		t.Fatal("other bytes from a full disk")
+	}
+	if st := g.v.Stats(); st.Unknown != 1 || st.Corrupt != 1 || st.Held != 2 || st.Refused == 0 {
+		t.Fatalf("%+v", st)
+	}
+	g.store.mu.Lock()
+	g.store.full = false
+	g.store.mu.Unlock()
+	g.flush(t)
+	g.reopen(t)
+	g.same(t, content)
+	consistent(t, g.v)
+}

@@ -24,6 +24,10 @@ type Store interface {
 	// Get fills dst with the plain bytes of the chunk, verified. A chunk that
 	// is not there is KindNotFound, a damaged one KindCorrupt.
 	Get(sig chunk.Sig, dst []byte) error
+	// PutBundle keeps a chunk that comes in pieces, and fills dst with its
+	// plain bytes, verified; also if it can then not be kept (KindNoSpace, KindIO).
+	// KindNotFound: a piece is not there that came without its bytes.
+	PutBundle(p chunk.Packed, dst []byte) error
 	// Has says whether the chunk is there, as far as that can be said without
 	// reading it. One that is said to be there stays until it is referred to,
 	// unless space has to be made.
@@ -60,7 +64,8 @@ type Options struct {
 	ChunkBytes int    // chunk.DefaultSize when 0
 	SourceID   string // names the content's origin; a volume made for another one is not opened
 	Store      Store
-	Tier       Tier // nil for none
+	Key        chunk.Key // of the dedup domain, whose signatures chunks come with
+	Tier       Tier      // nil for none
 	Log        *slog.Logger
 	Tune       Tuning
 }

@@ -152,7 +152,7 @@ func TestWhatTheSiteHoldsIsAnsweredBySignature(t *testing.T) {
 		inWorld(t, wan.Link{Delay: 10 * time.Millisecond, Rate: 12.5e6}, src, func(w *world) {
 			mem := newMemory()
 			look := func(string) (Served, error) {
-				return Served{Device: src, ChunkBytes: 64 * kib, Signatures: mem}, nil
+				return Served{Device: block.NewChecked("source", src), ChunkBytes: 64 * kib, Signatures: mem}, nil
 			}
 			w.lookup.Store(&look)
 			w.serve()
@@ -276,7 +276,7 @@ func TestSignaturesRunAhead(t *testing.T) {
 	inWorld(t, wan.Link{Delay: 10 * time.Millisecond, Rate: 12.5e6}, src, func(w *world) {
 		mem := newMemory()
 		look := func(string) (Served, error) {
-			return Served{Device: src, ChunkBytes: 64 * kib, Signatures: mem}, nil
+			return Served{Device: block.NewChecked("source", src), ChunkBytes: 64 * kib, Signatures: mem}, nil
 		}
 		w.lookup.Store(&look)
 		w.serve()
@@ -326,7 +326,7 @@ func TestBundles(t *testing.T) {
 		inWorld(t, wan.Link{Delay: 10 * time.Millisecond, Rate: 12.5e6}, src, func(w *world) {
 			mem := newMemory()
 			look := func(string) (Served, error) {
-				return Served{Device: src, ChunkBytes: 256 * kib, Signatures: mem, Cutter: cut}, nil
+				return Served{Device: block.NewChecked("source", src), ChunkBytes: 256 * kib, Signatures: mem, Cutter: cut}, nil
 			}
 			w.lookup.Store(&look)
 			w.serve()

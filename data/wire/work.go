@@ -313,7 +313,7 @@ func (s *Server) read(c *sconn, batch []*job, class int) {
 	defer buf.release()
 	plain := buf.b[:total]
 	began := time.Now()
-	err := v.dev.ReadAt(c.ctx, plain, first*int64(v.chunk), batch[0].flags)
+	err := v.dev.ReadAt(c.ctx, plain, first*int64(v.chunk), batch[0].flags&^block.Full)
 	now := time.Now()
 	s.mu.Lock()
 	v.load.sample(now, now.Sub(began), total)
@@ -326,7 +326,7 @@ func (s *Server) read(c *sconn, batch []*job, class int) {
 		e := err
 		if err != nil && len(batch) > 1 {
 			// One bad chunk must not fail its neighbours.
-			e = v.dev.ReadAt(c.ctx, p, j.key.index*int64(v.chunk), j.flags)
+			e = v.dev.ReadAt(c.ctx, p, j.key.index*int64(v.chunk), j.flags&^block.Full)
 		}
 		if e != nil {
 			s.unreadable(j, e)
