@@ -34,9 +34,11 @@ func linkCmd(log *slog.Logger) *cobra.Command {
 			"With any of --rate, --rtt, --queue and --loss, parts a and b run at that one point.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := raise(nice); err != nil {
-				log.Warn("the measurement has no priority over other work on this machine", "err", err)
+			back, err := raise(nice)
+			if err != nil {
+				return err
 			}
+			defer back()
 			for _, f := range []string{"rate", "rtt", "queue", "loss"} {
 				o.One = o.One || cmd.Flags().Changed(f)
 			}
@@ -61,25 +63,47 @@ func linkCmd(log *slog.Logger) *cobra.Command {
 	f.StringVar(&o.Congestion, "congestion", "", "TCP congestion control of both sites; default is the host's")
 	f.StringArrayVar(&o.FrontendArgs, "frontend-arg", nil, "argument for each frontend; may be given again")
 	f.StringArrayVar(&o.BackendArgs, "backend-arg", nil, "argument for each backend; may be given again")
-	f.IntVar(&nice, "nice", -10, "nice value of the line and of all contenders alike; 0 for no priority over other work on the machine")
+	f.IntVar(&nice, "nice", 0, "nice value of the line and of all contenders alike, and of the session; -10 is steadier beside other work")
 	return c
 }
 
-// raise gives this process, and so all that it starts, the nice value. A nice
-// value is a thread's: only the thread that it was set for survives the exec.
-func raise(nice int) error {
+// raise gives this process, and so all that it starts, the nice value, and
+// returns what takes back what would outlive it. A nice value is a thread's:
+// only that of the thread that calls exec survives it. It counts inside a
+// session, and where the kernel groups sessions (sched(7), autogroup) the
+// session has one of its own.
+func raise(nice int) (back func(), err error) {
+	back = func() {}
+	if nice == 0 {
+		return back, nil
+	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	now, err := syscall.Getpriority(syscall.PRIO_PROCESS, 0)
-	if err != nil || 20-now <= nice { // the system call's answer is 20 less the nice value
-		return err
-	}
-	if err := syscall.Setpriority(syscall.PRIO_PROCESS, 0, nice); err != nil {
-		return fmt.Errorf("set nice value %d: %w", nice, err)
-	}
-	self, err := os.Executable()
 	if err != nil {
-		return err
+		return back, err
 	}
-	return syscall.Exec(self, os.Args, os.Environ())
+	if 20-now != nice { // the system call's answer is 20 less the nice value
+		if err := syscall.Setpriority(syscall.PRIO_PROCESS, 0, nice); err != nil {
+			return back, fmt.Errorf("set nice value %d: %w", nice, err)
+		}
+		self, err := os.Executable()
+		if err != nil {
+			return back, err
+		}
+		return back, syscall.Exec(self, os.Args, os.Environ())
+	}
+	const session = "/proc/self/autogroup"
+	text, err := os.ReadFile(session)
+	if err != nil {
+		return back, nil // this kernel groups nothing
+	}
+	old := 0
+	if _, s, ok := strings.Cut(string(text), " nice "); ok {
+		fmt.Sscan(s, &old)
+	}
+	if err := os.WriteFile(session, fmt.Append(nil, nice), 0o644); err != nil {
+		return back, fmt.Errorf("set nice value %d of the session: %w", nice, err)
+	}
+	return func() { os.WriteFile(session, fmt.Append(nil, old), 0o644) }, nil
 }

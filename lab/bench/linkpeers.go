@@ -167,7 +167,8 @@ func (b *linkBench) cached(dir, addr, socket string, scan bool) (*rig.Proc, erro
 	if scan {
 		args = append(args, "--filter=scan")
 	}
-	args = append(args, "--filter=cow", "nbd", "hostname="+host, "port="+port, "export=vol", "cow-on-cache=true", "cow-on-read=true")
+	// The filter scans the default export only, which is the one without a name.
+	args = append(args, "--filter=cow", "nbd", "hostname="+host, "port="+port, "cow-on-cache=true", "cow-on-read=true")
 	if scan {
 		args = append(args, "scan-ahead=false")
 	}
