@@ -64,8 +64,8 @@ func (b *linkBench) cost() error {
 		if err != nil {
 			return err
 		}
-		cores[0], cores[1] = append(cores[0], ratio(t.front, t.last)), append(cores[1], ratio(t.back, t.last))
-		b.Noted("f: fill of noise", t.rate()/125e3, "Mbit/s", fmt.Sprintf("target %.2f and source %.2f processors; %s", ratio(t.front, t.last), ratio(t.back, t.last), t.machine))
+		cores[0], cores[1] = append(cores[0], ratio(t.front, t.seconds)), append(cores[1], ratio(t.back, t.seconds))
+		b.Noted("f: fill of noise", t.rate()/125e3, "Mbit/s", fmt.Sprintf("target %.2f and source %.2f processors; %s", ratio(t.front, t.seconds), ratio(t.back, t.seconds), t.machine))
 	}
 	b.AtMost("f: processors at the target, 1 Gbit/s of noise", median(cores[0]), 1.0, "")
 	b.AtMost("f: processors at the source, 1 Gbit/s of noise", median(cores[1]), 1.0, "")

@@ -1,5 +1,0 @@
-package bench
-
-func (b *linkBench) starvation() error { return nil }
-func (b *linkBench) lineBytes() error  { return nil }
-func (b *linkBench) duplicates() error { return nil }
