@@ -7,10 +7,10 @@ import (
 	"os"
 	"runtime"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"forerun/lab/bench"
 )
@@ -18,7 +18,7 @@ import (
 func linkCmd(log *slog.Logger) *cobra.Command {
 	var s scenario
 	var o bench.LinkOptions
-	var nice int
+	var ahead bool
 	c := &cobra.Command{
 		Use:   "bench-link",
 		Short: "How full the fill keeps the link, what demand waits meanwhile, what crosses it and what that costs",
@@ -34,11 +34,11 @@ func linkCmd(log *slog.Logger) *cobra.Command {
 			"With any of --rate, --rtt, --queue and --loss, parts a and b run at that one point.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			back, err := raise(nice)
-			if err != nil {
-				return err
+			if ahead {
+				if err := realtime(); err != nil {
+					return err
+				}
 			}
-			defer back()
 			for _, f := range []string{"rate", "rtt", "queue", "loss"} {
 				o.One = o.One || cmd.Flags().Changed(f)
 			}
@@ -63,47 +63,29 @@ func linkCmd(log *slog.Logger) *cobra.Command {
 	f.StringVar(&o.Congestion, "congestion", "", "TCP congestion control of both sites; default is the host's")
 	f.StringArrayVar(&o.FrontendArgs, "frontend-arg", nil, "argument for each frontend; may be given again")
 	f.StringArrayVar(&o.BackendArgs, "backend-arg", nil, "argument for each backend; may be given again")
-	f.IntVar(&nice, "nice", 0, "nice value of the line and of all contenders alike, and of the session; -10 is steadier beside other work")
+	f.BoolVar(&ahead, "realtime", false, "the line and all contenders alike before all other work on the machine; for rates that leave a processor free")
 	return c
 }
 
-// raise gives this process, and so all that it starts, the nice value, and
-// returns what takes back what would outlive it. A nice value is a thread's:
-// only that of the thread that calls exec survives it. It counts inside a
-// session, and where the kernel groups sessions (sched(7), autogroup) the
-// session has one of its own.
-func raise(nice int) (back func(), err error) {
-	back = func() {}
-	if nice == 0 {
-		return back, nil
-	}
+// realtime starts this program anew in the real-time class of sched(7), and so
+// all that it starts, unless it is in it already. A class is a thread's: only
+// that of the thread that calls exec survives it.
+func realtime() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	now, err := syscall.Getpriority(syscall.PRIO_PROCESS, 0)
+	now, err := unix.SchedGetAttr(0, 0)
 	if err != nil {
-		return back, err
+		return fmt.Errorf("ask for the scheduling class: %w", err)
 	}
-	if 20-now != nice { // the system call's answer is 20 less the nice value
-		if err := syscall.Setpriority(syscall.PRIO_PROCESS, 0, nice); err != nil {
-			return back, fmt.Errorf("set nice value %d: %w", nice, err)
-		}
-		self, err := os.Executable()
-		if err != nil {
-			return back, err
-		}
-		return back, syscall.Exec(self, os.Args, os.Environ())
+	if now.Policy == unix.SCHED_RR {
+		return nil
 	}
-	const session = "/proc/self/autogroup"
-	text, err := os.ReadFile(session)
+	if err := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_RR, Priority: 1}, 0); err != nil {
+		return fmt.Errorf("enter the real-time class (are you root?): %w", err)
+	}
+	self, err := os.Executable()
 	if err != nil {
-		return back, nil // this kernel groups nothing
+		return err
 	}
-	old := 0
-	if _, s, ok := strings.Cut(string(text), " nice "); ok {
-		fmt.Sscan(s, &old)
-	}
-	if err := os.WriteFile(session, fmt.Append(nil, nice), 0o644); err != nil {
-		return back, fmt.Errorf("set nice value %d of the session: %w", nice, err)
-	}
-	return func() { os.WriteFile(session, fmt.Append(nil, old), 0o644) }, nil
+	return unix.Exec(self, os.Args, os.Environ())
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -94,6 +93,9 @@ func Link(ctx context.Context, o LinkOptions, r *Report) (err error) {
 	return nil
 }
 
+// peerRounds is how often those run that no bar is about.
+const peerRounds = 3
+
 type linkBench struct {
 	*stage
 	o    LinkOptions
@@ -174,15 +176,6 @@ func (b *linkBench) dir(name string) (string, error) {
 func (b *linkBench) listens(s netns.Site, port string) bool {
 	out, err := s.Command(b.ctx, "ss", "-Hltn", "sport", "=", ":"+port).Output()
 	return err == nil && len(out) > 0
-}
-
-// missing reports a program that is not installed, once for the whole run.
-func (b *linkBench) missing(program, why string) bool {
-	_, err := exec.LookPath(program)
-	if err != nil {
-		b.Say("%s is not installed, left out: %s", program, why)
-	}
-	return err != nil
 }
 
 // machine is what the machine did up to a moment.

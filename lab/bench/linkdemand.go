@@ -223,12 +223,19 @@ func (b *linkBench) demand() error {
 	if err != nil {
 		return err
 	}
-	for _, p := range b.points(all, all[:2]) {
-		type figures struct{ ratios, shares, idle, loaded []float64 }
+	quick := slices.Clone(all[:2])
+	for i := range quick {
+		quick[i].peers = false
+	}
+	for _, p := range b.points(all, quick) {
+		type figures struct{ ratios, middles, shares, idle, loaded []float64 }
 		got := map[string]*figures{}
 		kk := b.contenders(p)
 		for rep := range b.o.N {
-			for _, k := range kk {
+			for i, k := range kk {
+				if i > 0 && rep >= peerRounds {
+					continue
+				}
 				idle, loaded, err := b.demandRun(p, rep, k, source)
 				if err != nil {
 					return err
@@ -241,6 +248,7 @@ func (b *linkBench) demand() error {
 				name := "b: " + p.String() + ": " + k.name
 				i99, l99 := b.noteWaits(name+", idle", idle), b.noteWaits(name+", loaded", loaded)
 				f.idle, f.loaded = append(f.idle, i99), append(f.loaded, l99)
+				f.middles = append(f.middles, ratio(percentile(loaded.waits, 0.5).Seconds(), percentile(idle.waits, 0.5).Seconds()))
 				f.ratios, f.shares = append(f.ratios, ratio(l99, i99)), append(f.shares, loaded.share)
 			}
 		}
@@ -248,6 +256,7 @@ func (b *linkBench) demand() error {
 			name, f := "b: "+p.String()+": "+k.name, got[k.name]
 			b.Measure(name+": p99 idle, median", median(f.idle), "ms")
 			b.Measure(name+": p99 loaded, median", median(f.loaded), "ms")
+			b.Measure(name+": p50 loaded / idle", median(f.middles), "x")
 			if k.name != "forerun" || p.info {
 				b.Measure(name+": p99 loaded / idle", median(f.ratios), "x")
 				b.Measure(name+": share of the line, loaded", median(f.shares), "x")
