@@ -7,7 +7,7 @@ LAB := bin/forerun-lab
 FUZZTIME ?= 60s
 UNIT := ./api/... ./block/... ./control/... ./daemon/... ./data/... ./disk/... ./internal/... ./lab/...
 
-.PHONY: help build setup test vet unit race e2e demo bench bench-boot bench-local bench-pair crash pair long fuzz clean
+.PHONY: help build setup test vet unit race e2e demo bench bench-boot bench-link bench-local bench-pair crash pair long fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | column -t -s $$'\t'
@@ -38,10 +38,13 @@ e2e: build ## the daemons with real peers
 demo: setup build ## the main job: a Debian guest moves while it runs
 	$(LAB) demo
 
-bench: bench-local bench-boot bench-pair ## all benchmarks
+bench: bench-local bench-boot bench-link bench-pair ## all benchmarks
 
 bench-boot: setup build ## time to ready and full copy, against qemu-nbd over the same link
 	$(LAB) bench-boot
+
+bench-link: setup build ## the link: fill, demand under it, bytes, processor time, each beside its peers; JSON lines, about 2 hours, QUICK=1 5 minutes
+	$(LAB) bench-link $(if $(QUICK),--quick)
 
 bench-local: setup build ## local reads and writes, against qemu-nbd and nbdkit
 	$(LAB) bench-local

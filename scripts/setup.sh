@@ -2,7 +2,7 @@
 # Installs the Debian packages that the tests and the lab need and that are missing.
 set -euo pipefail
 need=(qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd fio mmdebstrap e2fsprogs xfsprogs ntfs-3g
-      zstd iproute2 iperf3 extlinux syslinux-common fdisk util-linux mount kmod fuse3 postgresql gcc libc6-dev)
+      zstd openssl iproute2 iperf3 extlinux syslinux-common fdisk util-linux mount kmod fuse3 postgresql gcc libc6-dev)
 missing=()
 for p in "${need[@]}"; do
   dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing+=("$p")

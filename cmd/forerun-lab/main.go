@@ -23,7 +23,7 @@ func main() {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(setupCmd(), guestCmd(log), wanCmd(), demoCmd(log), bootCmd(log), localCmd(log), crashCmd(log), simCmd())
+	root.AddCommand(setupCmd(), guestCmd(log), wanCmd(), demoCmd(log), bootCmd(log), localCmd(log), linkCmd(log), crashCmd(log), simCmd())
 	root.AddCommand(pairCmds(log)...)
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "forerun-lab:", err)

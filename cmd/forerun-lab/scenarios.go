@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"time"
@@ -19,6 +20,8 @@ type scenario struct {
 	opt    bench.Options
 	rate   string
 	result string
+	out    io.Writer // of the report in words, nil is standard output
+	lines  io.Writer // of each result as a line of JSON, if any
 }
 
 func (s *scenario) flags(c *cobra.Command, log *slog.Logger) {
@@ -46,7 +49,13 @@ func (s *scenario) run(cmd *cobra.Command, name string, f func(context.Context, 
 			return err
 		}
 	}
-	r := bench.NewReport(name, os.Stdout)
+	if s.out == nil {
+		s.out = os.Stdout
+	}
+	r := bench.NewReport(name, s.out)
+	if s.lines != nil {
+		r.Lines(s.lines)
+	}
 	err := f(cmd.Context(), s.opt, r)
 	r.End(err)
 	if s.result != "" {

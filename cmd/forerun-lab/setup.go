@@ -11,7 +11,7 @@ import (
 
 // packages are those of Debian that the lab and the tests use.
 var packages = strings.Fields(`qemu-system-x86 qemu-utils nbdkit libnbd-bin python3-libnbd fio mmdebstrap
-	e2fsprogs xfsprogs ntfs-3g zstd iproute2 util-linux mount fdisk iperf3 extlinux syslinux-common fuse3 postgresql`)
+	e2fsprogs xfsprogs ntfs-3g zstd openssl iproute2 util-linux mount fdisk iperf3 extlinux syslinux-common fuse3 postgresql`)
 
 func setupCmd() *cobra.Command {
 	return &cobra.Command{

@@ -30,8 +30,9 @@ type Report struct {
 	Error    string    `json:"error,omitempty"`
 	Results  []Result  `json:"results"`
 
-	mu  sync.Mutex
-	out io.Writer
+	mu    sync.Mutex
+	out   io.Writer
+	lines io.Writer
 }
 
 // NewReport begins a report that also prints each result to out as it comes.
@@ -39,10 +40,18 @@ func NewReport(scenario string, out io.Writer) *Report {
 	return &Report{Scenario: scenario, Started: time.Now(), out: out}
 }
 
+// Lines makes the report also write each result to w as one line of JSON, as it comes.
+func (r *Report) Lines(w io.Writer) { r.lines = w }
+
 func (r *Report) add(x Result) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.Results = append(r.Results, x)
+	if r.lines != nil {
+		if b, err := json.Marshal(x); err == nil {
+			r.lines.Write(append(b, '\n'))
+		}
+	}
 	verdict := ""
 	if x.Bar != "" {
 		verdict = "  ok (" + x.Bar + ")"
@@ -67,6 +76,11 @@ func (r *Report) Say(format string, args ...any) {
 // Measure notes a number nothing was promised about.
 func (r *Report) Measure(name string, v float64, unit string) {
 	r.add(Result{Name: name, Value: v, Unit: unit, OK: true})
+}
+
+// Noted is Measure with a note about how it was seen.
+func (r *Report) Noted(name string, v float64, unit, note string) {
+	r.add(Result{Name: name, Value: v, Unit: unit, OK: true, Note: note})
 }
 
 // AtMost notes a number with a bar above it.

@@ -16,7 +16,13 @@ import (
 	"forerun/api/client"
 )
 
-// Rig is one backend and one frontend that carry one volume.
+// Disk is one volume and what it is at the source.
+type Disk struct {
+	// Volume is its name, Source what the backend is given as its source.
+	Volume, Source string
+}
+
+// Rig is one backend and one frontend that carry one volume or several.
 type Rig struct {
 	// Bin is the forerun binary, Dir takes all state and logs.
 	Bin, Dir string
@@ -24,6 +30,8 @@ type Rig struct {
 	Volume string
 	// Source is what the backend is given as the volume's source.
 	Source string
+	// More are volumes beside it, at the same backend and frontend.
+	More []Disk
 	// Listen is the backend's HOST:PORT.
 	Listen string
 	// BackendHosts are the names and addresses in its certificate.
@@ -52,6 +60,9 @@ func (r *Rig) BackendState() string { return filepath.Join(r.Dir, "backend") }
 
 // URI is the frontend's export as NBD tools want it.
 func (r *Rig) URI() string { return "nbd+unix:///" + r.Volume + "?socket=" + r.Socket() }
+
+// disks are all volumes, the first one first.
+func (r *Rig) disks() []Disk { return append([]Disk{{r.Volume, r.Source}}, r.More...) }
 
 // Run runs a forerun command to its end and returns what it printed.
 func (r *Rig) Run(ctx context.Context, args ...string) (string, error) {
@@ -92,7 +103,10 @@ func local(c Command) Command {
 // StartBackend starts the backend and waits until it answers.
 func (r *Rig) StartBackend(ctx context.Context) (err error) {
 	args := append([]string{"backend", "--pki", filepath.Join(r.Dir, "pki"), "--name", "source", "--state", r.BackendState(),
-		"--listen", r.Listen, "--volume", r.Volume + "=" + r.Source}, r.BackendArgs...)
+		"--listen", r.Listen}, r.BackendArgs...)
+	for _, d := range r.disks() {
+		args = append(args, "--volume", d.Volume+"="+d.Source)
+	}
 	r.Backend, err = Launch(local(r.AtSource)(context.WithoutCancel(ctx), r.Bin, args...), "backend", filepath.Join(r.Dir, "backend.log"))
 	if err != nil {
 		return err
@@ -109,7 +123,10 @@ func (r *Rig) StartFrontend(ctx context.Context) (took time.Duration, err error)
 		policy = "isolated"
 	}
 	args := append([]string{"frontend", "--policy", policy, "--pki", filepath.Join(r.Dir, "pki"), "--name", "target", "--state", r.FrontendState(),
-		"--backend", r.Listen, "--volume", r.Volume, "--export", "nbd+unix:///?socket=" + r.Socket()}, r.FrontendArgs...)
+		"--backend", r.Listen, "--export", "nbd+unix:///?socket=" + r.Socket()}, r.FrontendArgs...)
+	for _, d := range r.disks() {
+		args = append(args, "--volume", d.Volume)
+	}
 	r.Frontend, err = Launch(local(r.AtTarget)(context.WithoutCancel(ctx), r.Bin, args...), "frontend", filepath.Join(r.Dir, "frontend.log"))
 	if err != nil {
 		return 0, err
@@ -127,8 +144,12 @@ func (r *Rig) StartFrontend(ctx context.Context) (took time.Duration, err error)
 func (r *Rig) answers(ctx context.Context, state string) bool {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	_, err := r.status(ctx, state)
-	return err == nil
+	for _, d := range r.disks() {
+		if _, err := client.New(state).Volume(ctx, d.Volume); err != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // Start makes the certificates and starts both daemons.
@@ -145,11 +166,12 @@ func (r *Rig) Start(ctx context.Context) error {
 
 // Status is what the frontend says about the volume.
 func (r *Rig) Status(ctx context.Context) (api.Volume, error) {
-	return r.status(ctx, r.FrontendState())
+	return r.StatusOf(ctx, r.Volume)
 }
 
-func (r *Rig) status(ctx context.Context, state string) (v api.Volume, err error) {
-	return client.New(state).Volume(ctx, r.Volume)
+// StatusOf is what the frontend says about any of the volumes.
+func (r *Rig) StatusOf(ctx context.Context, volume string) (api.Volume, error) {
+	return client.New(r.FrontendState()).Volume(ctx, volume)
 }
 
 // Filled says whether nothing is left to be fetched.
@@ -160,11 +182,16 @@ func Here(v api.Volume) int64 { return v.SizeBytes - v.Chunks.Absent*v.ChunkByte
 
 // WaitFilled polls until the volume is filled and calls seen with each status.
 func (r *Rig) WaitFilled(ctx context.Context, limit time.Duration, seen func(api.Volume)) (v api.Volume, err error) {
+	return r.WaitFilledOf(ctx, r.Volume, limit, seen)
+}
+
+// WaitFilledOf is WaitFilled for any of the volumes.
+func (r *Rig) WaitFilledOf(ctx context.Context, volume string, limit time.Duration, seen func(api.Volume)) (v api.Volume, err error) {
 	timeout := time.After(limit)
 	tick := time.NewTicker(500 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if v, err = r.Status(ctx); err != nil {
+		if v, err = r.StatusOf(ctx, volume); err != nil {
 			return v, err
 		}
 		if seen != nil {
@@ -187,12 +214,23 @@ func (r *Rig) WaitFilled(ctx context.Context, limit time.Duration, seen func(api
 
 // Fill is forerun fill with one of pause, resume and limit (bytes a second).
 func (r *Rig) Fill(ctx context.Context, action string, rate int64) error {
-	args := []string{"fill", action, "--state", r.FrontendState(), "--volume", r.Volume}
+	return r.FillOf(ctx, r.Volume, action, rate)
+}
+
+// FillOf is Fill for any of the volumes.
+func (r *Rig) FillOf(ctx context.Context, volume, action string, rate int64) error {
+	args := []string{"fill", action, "--state", r.FrontendState(), "--volume", volume}
 	if action == "limit" {
 		args = append(args, "--rate", strconv.FormatInt(rate, 10))
 	}
 	_, err := r.Run(ctx, args...)
 	return err
+}
+
+// Knows says whether a command of the binary ("backend") has the flag ("--chunk").
+func (r *Rig) Knows(ctx context.Context, command, flag string) bool {
+	out, err := r.Run(ctx, command, "--help")
+	return err == nil && strings.Contains(out, flag+" ")
 }
 
 // Cutover runs forerun cutover to its end.
