@@ -29,7 +29,7 @@ type tight struct {
 
 const (
 	tightBits  = 15
-	tightDepth = 24 // matches tried at a position
+	tightDepth = 10 // matches tried at a position
 	tightMin   = 4  // bytes of the shortest match
 	tightEnd   = 12 // no match begins closer to the end
 	blockMax   = 128 << 10
