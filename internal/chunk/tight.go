@@ -97,9 +97,9 @@ func load32(b []byte, i int) uint32 { return binary.LittleEndian.Uint32(b[i:]) }
 
 func tightHash(v uint32) uint32 { return v * 2654435761 >> (32 - tightBits) }
 
-// common is how many bytes from a and from b on are equal, b being the later
+// alike is how many bytes from a and from b on are equal, b being the later
 // one, up to end.
-func common(src []byte, a, b, end int) int {
+func alike(src []byte, a, b, end int) int {
 	n := 0
 	for b+n+8 <= end {
 		if x := binary.LittleEndian.Uint64(src[a+n:]) ^ binary.LittleEndian.Uint64(src[b+n:]); x != 0 {
@@ -124,7 +124,7 @@ func (t *tight) parse(src []byte, at, end int, rep *[3]uint32) {
 		// The repeated offsets first: they cost almost nothing.
 		start, off, length := ip, uint32(0), 0
 		if r := int(rep[0]); ip+1-r >= 0 && load32(src, ip+1) == load32(src, ip+1-r) {
-			start, off, length = ip+1, 1, common(src, ip+1-r, ip+1, end)
+			start, off, length = ip+1, 1, alike(src, ip+1-r, ip+1, end)
 		}
 		if o, n := t.search(src, ip, end, &next); n > length {
 			start, off, length = ip, o+3, n
@@ -138,7 +138,7 @@ func (t *tight) parse(src []byte, at, end int, rep *[3]uint32) {
 			try++
 			cost := bits.Len32(off) - 1
 			if r := int(rep[0]); try-r >= 0 && load32(src, try) == load32(src, try-r) {
-				n := common(src, try-r, try, end)
+				n := alike(src, try-r, try, end)
 				if (2+depth)*n > (2+depth)*length-cost+1 {
 					start, off, length, cost = try, 1, n, 0
 				}
@@ -164,7 +164,7 @@ func (t *tight) parse(src []byte, at, end int, rep *[3]uint32) {
 			if ip-r < 0 || load32(src, ip) != load32(src, ip-r) {
 				break
 			}
-			n := common(src, ip-r, ip, end)
+			n := alike(src, ip-r, ip, end)
 			t.emit(src, ip, ip, n, 1, rep) // with no literals 1 means the second
 			ip += n
 			anchor = ip
@@ -217,7 +217,7 @@ func (t *tight) search(src []byte, i, end int, next *int) (off uint32, length in
 			break
 		}
 		if src[p+length] == src[i+length] && load32(src, p) == v {
-			if n := common(src, p, i, end); n > length {
+			if n := alike(src, p, i, end); n > length {
 				off, length = uint32(i-p), n
 			}
 		}
