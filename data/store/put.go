@@ -30,7 +30,7 @@ func (s *Store) Put(p chunk.Packed) (added bool, err error) {
 		return false, err
 	}
 	defer s.gate.RUnlock()
-	if p.Codec >= chunk.Zeros || p.Plain < 1 || p.Plain > chunk.MaxSize || len(p.Data) < 1 || len(p.Data) > chunk.MaxSize {
+	if !p.Codec.Packs() || p.Plain < 1 || p.Plain > chunk.MaxSize || len(p.Data) < 1 || len(p.Data) > chunk.MaxSize {
 		return false, block.E(op, "chunk "+p.Sig.String(), block.KindInvalid, fmt.Errorf(
 			"codec %d with %d packed and %d plain bytes cannot be stored; zeros are a state of a map, lengths end at %d",
 			p.Codec, len(p.Data), p.Plain, chunk.MaxSize))

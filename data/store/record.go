@@ -106,7 +106,7 @@ func parseRecord(b []byte, salt, pack uint32, off int64) (e runs.Entry, ok bool)
 		CRC: le.Uint32(b[56:]), Key: le.Uint32(b[16:]), Codec: chunk.Codec(b[5]), Algo: b[6]}
 	copy(e.Sig[:], b[24:56])
 	ok = b[4] == kindChunk && le.Uint32(b[20:]) == pack && (e.Algo == chunk.AlgoSHA256 || e.Algo == chunk.AlgoHMAC) &&
-		(e.Codec < chunk.Zeros || e.Codec == chunk.Recipe) && e.Len >= 1 && e.Len <= chunk.MaxSize && e.Plain >= 1 && e.Plain <= chunk.MaxSize
+		(e.Codec.Packs() || e.Codec == chunk.Recipe) && e.Len >= 1 && e.Len <= chunk.MaxSize && e.Plain >= 1 && e.Plain <= chunk.MaxSize
 	return e, ok
 }
 

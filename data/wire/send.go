@@ -258,6 +258,7 @@ func (s *Server) finish(jobs []*job, ok bool) {
 			}
 			s.stats.ChunksSent++
 			s.stats.PlainBytes += int64(j.packed.Plain)
+			s.stats.Codecs[j.packed.Codec].add(j.packed.Plain, len(j.packed.Data))
 			if t := j.sess.told[j.vol.handle]; t != nil {
 				t.set(j.key.index)
 			}

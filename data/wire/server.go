@@ -38,7 +38,8 @@ type ServerOptions struct {
 	// Workers is how many reads of a source may be under way, default 32. Up to
 	// three quarters of them serve background.
 	Workers int
-	// Codec packs chunks; the zero value means chunk.Zstd. NoCompression sends
+	// Codec packs chunks; the zero value leaves the choice to what limits a
+	// session, its link or the processors. NoCompression sends
 	// all but zeros as they are.
 	Codec         chunk.Codec
 	NoCompression bool
@@ -148,9 +149,6 @@ func NewServer(o ServerOptions) (*Server, error) {
 		return bad("%s is this server's own protocol", alpn)
 	case len(o.Node) > maxName:
 		return bad("a node name of %d bytes", len(o.Node))
-	}
-	if o.Codec == chunk.Raw {
-		o.Codec = chunk.Zstd
 	}
 	if o.NoCompression {
 		o.Codec = chunk.Raw
@@ -396,6 +394,7 @@ func (s *Server) attach(c *sconn, id sessionID) error {
 
 func (s *Server) newSession(id sessionID, c *sconn) *session {
 	ss := &session{id: id, role: c.peerRole, name: c.peerName, jobs: map[jobKey]*job{}, early: map[jobKey]time.Time{},
+		pack: newChooser(s.o.Codec, s.o.NoCompression),
 		held: map[uint8]*view{}, told: map[uint16]told{}}
 	s.sessions[id] = ss
 	return ss

@@ -24,6 +24,7 @@ type session struct {
 	conns      [1 + maxBackground]*sconn
 	live       int
 	jobs       map[jobKey]*job
+	pack       *chooser
 	// early remembers promotions that overtook the FETCH they are about, for a
 	// short while: the two travel on different connections.
 	early map[jobKey]time.Time

@@ -2,7 +2,10 @@
 
 package wire
 
-import "net"
+import (
+	"net"
+	"time"
+)
 
 func (o SocketOptions) system(*net.TCPConn, int) {}
 

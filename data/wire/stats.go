@@ -5,6 +5,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"forerun/internal/chunk"
 )
 
 // ClientStats is the state of a session as its client sees it.
@@ -70,6 +72,19 @@ type ServerStats struct {
 	SendQueueBytes       int64         // between source and socket
 	Yielded              int64         // times background waited for demand or for its pace
 	SourceDelay          time.Duration // of reads of the busiest source, lately
+	// Codecs are the chunks sent, by codec.
+	Codecs [chunk.Branch + 1]CodecStats
+	// Levels are the sessions now, by the level their background is packed at.
+	Levels [chunk.Tight + 1]int
+}
+
+// CodecStats counts chunks of one codec, and their bytes.
+type CodecStats struct{ Chunks, PlainBytes, PackedBytes int64 }
+
+func (c *CodecStats) add(plain, packed int) {
+	c.Chunks++
+	c.PlainBytes += int64(plain)
+	c.PackedBytes += int64(packed)
 }
 
 // Stats returns the counters.
@@ -80,6 +95,7 @@ func (s *Server) Stats() ServerStats {
 	st.Sessions = len(s.sessions)
 	for _, ss := range s.sessions {
 		st.Conns += ss.live
+		st.Levels[ss.pack.at(1)]++
 	}
 	st.Queued, st.QueuedBackground = s.q.n, s.q.waiting(2, numLevels)
 	st.Workers, st.BackgroundReadsFloor, st.FloorInterval = s.o.Workers, s.o.BackgroundFloor, s.o.Floor

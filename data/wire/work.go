@@ -337,31 +337,41 @@ func (s *Server) read(c *sconn, batch []*job, class int) {
 }
 
 func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
+	waited := false
 	if class == 1 {
-		s.seals <- struct{}{}
+		select {
+		case s.seals <- struct{}{}:
+		default:
+			waited = true
+			s.seals <- struct{}{}
+		}
 		defer func() { <-s.seals }()
 	}
-	// Incompressible chunks are not probed for: zstd's fastest level gives up on
-	// them after a quarter of the time their signature takes.
+	watch := startWatch()
+	level := j.sess.pack.at(class)
 	var p chunk.Packed
 	var out *lease
 	if j.vol.cutter != nil {
-		p, out = s.bundle(j, plain)
+		p, out = s.bundle(j, plain, level)
 	} else if p = s.sign(j, plain); p.Codec == chunk.Raw {
 		out = s.leases.get(len(plain))
-		if p.Codec, p.Data = chunk.Pack(out.b, plain, s.o.Codec); p.Codec == chunk.Raw {
+		if p.Codec, p.Data = chunk.Squeeze(out.b, plain, level); p.Codec == chunk.Raw {
 			out.release()
 			buf.retain()
 			out = buf
 		}
 	}
+	took := watch.stop()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if class == 1 && out != nil && j.state == running {
+		j.sess.pack.add(time.Now(), sample{len(plain), len(p.Data), took, len(j.target.out) > 0, waited})
+	}
 	s.ready(j, p, out)
 }
 
 // bundle packs a chunk that is cut by content.
-func (s *Server) bundle(j *job, plain []byte) (chunk.Packed, *lease) {
+func (s *Server) bundle(j *job, plain []byte, level chunk.Level) (chunk.Packed, *lease) {
 	v := j.vol
 	var held func(chunk.Sig) bool
 	if !j.flags.Has(block.Full) && v.view != nil {
@@ -369,7 +379,7 @@ func (s *Server) bundle(j *job, plain []byte) (chunk.Packed, *lease) {
 	}
 	out := s.leases.get(len(plain))
 	p := chunk.BuildBundle(out.b, plain, v.cutter, &v.key, func(buf, piece []byte) (chunk.Codec, []byte) {
-		return chunk.Pack(buf, piece, s.o.Codec)
+		return chunk.Squeeze(buf, piece, level)
 	}, held)
 	if p.Codec != chunk.Zeros {
 		s.hashed.Add(int64(len(plain)))

@@ -97,7 +97,7 @@ func parsePacked(b []byte) (chunk.Packed, error) {
 	switch {
 	case b[1] != chunk.AlgoSHA256 || b[2] != 0 || b[3] != 0:
 		return p, fmt.Errorf("a piece signed with algorithm %d", b[1])
-	case p.Codec >= chunk.Zeros:
+	case !p.Codec.Packs():
 		return p, fmt.Errorf("a piece packed with codec %d", p.Codec)
 	case p.Plain < 4+extentLen || p.Plain > maxPlain || len(p.Data) > maxPlain:
 		return p, fmt.Errorf("a piece of %d plain and %d packed bytes", p.Plain, len(p.Data))

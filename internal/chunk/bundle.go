@@ -139,7 +139,7 @@ func ParseBundle(key *Key, p Packed, dst []Packed) (recipe []byte, pieces []Pack
 		n := int(w & lengthMask)
 		q.Codec = Codec(w >> codecShift)
 		// Packed bytes are never more than the plain ones, and no others than Known has none.
-		if q.Codec > S2 && q.Codec != Known || (q.Codec == Known) != (n == 0) || n > q.Plain || n > len(data) {
+		if !q.Codec.Packs() && q.Codec != Known || (q.Codec == Known) != (n == 0) || n > q.Plain || n > len(data) {
 			return wrong("piece %d: codec %d with %d of %d packed and %d plain bytes", i, q.Codec, n, len(data), q.Plain)
 		}
 		q.Data, data = data[:n:n], data[n:]

@@ -79,7 +79,14 @@ const (
 	// Bundle is a Recipe as it crosses the link, with the packed bytes of those
 	// pieces that the receiver does not hold. Only on the wire.
 	Bundle Codec = 6
+	// Branch is Zstd of the plain bytes with the distances of x86 branches made
+	// absolute.
+	Branch Codec = 7
 )
+
+// Packs says whether c makes packed bytes that alone give the plain ones, and
+// so may be stored.
+func (c Codec) Packs() bool { return c <= S2 || c == Branch }
 
 // Packed is a sealed chunk. Data belongs to whoever made it; who receives a
 // Packed must copy Data to keep it.
@@ -94,26 +101,14 @@ type Packed struct {
 // of the chunk with that signature.
 var ErrMismatch = errors.New("content does not match its signature")
 
-// One encoder serves all goroutines: EncodeAll is safe for concurrent use and
-// keeps a pool of its own.
-var (
-	encoder = sync.OnceValue(func() *zstd.Encoder {
-		e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest),
-			zstd.WithEncoderCRC(false), zstd.WithWindowSize(MaxSize), zstd.WithZeroFrames(true))
-		if err != nil {
-			panic(err) // the options are constants
-		}
-		return e
-	})
-	decoder = sync.OnceValue(func() *zstd.Decoder {
-		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0),
-			zstd.WithDecoderMaxMemory(4*MaxSize), zstd.WithDecodeAllCapLimit(true))
-		if err != nil {
-			panic(err)
-		}
-		return d
-	})
-)
+var decoder = sync.OnceValue(func() *zstd.Decoder {
+	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0),
+		zstd.WithDecoderMaxMemory(4*MaxSize), zstd.WithDecodeAllCapLimit(true))
+	if err != nil {
+		panic(err) // the options are constants
+	}
+	return d
+})
 
 // minGain is the share of the plain length that compression must save to be
 // kept: below it the receiver's time costs more than the bytes.
@@ -139,19 +134,7 @@ func SealUnder(key *Key, buf, plain []byte, codec Codec) Packed {
 // signature. It returns Raw and plain itself when that does not pay, so the
 // packed bytes are never more than the plain ones.
 func Pack(buf, plain []byte, codec Codec) (Codec, []byte) {
-	var out []byte
-	switch codec {
-	case Zstd:
-		out = encoder().EncodeAll(plain, buf[:0])
-	case S2:
-		out = s2.Encode(buf[:cap(buf)], plain)
-	default:
-		return Raw, plain
-	}
-	if len(out) < len(plain)-len(plain)/minGain {
-		return codec, out
-	}
-	return Raw, plain
+	return Squeeze(buf, plain, LevelOf(codec))
 }
 
 // Open is OpenUnder in the common domain.
@@ -186,13 +169,16 @@ func (p Packed) unpack(dst []byte) error {
 			return fmt.Errorf("chunk %s: %d raw bytes for a plain length of %d: %w", p.Sig, len(p.Data), p.Plain, ErrMismatch)
 		}
 		copy(dst, p.Data)
-	case Zstd:
+	case Zstd, Branch:
 		out, err := decoder().DecodeAll(p.Data, dst[:0:len(dst)])
 		if err != nil {
 			return fmt.Errorf("chunk %s: zstd: %v: %w", p.Sig, err, ErrMismatch)
 		}
 		if len(out) != len(dst) {
 			return fmt.Errorf("chunk %s: %d bytes unpacked, %d expected: %w", p.Sig, len(out), len(dst), ErrMismatch)
+		}
+		if p.Codec == Branch {
+			branches(dst, false)
 		}
 	case S2:
 		if n, err := s2.DecodedLen(p.Data); err != nil || n != len(dst) {

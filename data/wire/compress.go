@@ -1,0 +1,189 @@
+package wire
+
+import (
+	"sync/atomic"
+	"time"
+
+	"forerun/internal/chunk"
+)
+
+// chooser finds the level at which a session's chunks are packed. What limits a
+// session decides: while the link does, time is spent to make chunks smaller;
+// while the processors do, bytes are. It is a plain value without a clock or
+// a goroutine, but for the two results, which are read without a lock.
+//
+// Each background chunk that was packed is a sample: how long it took, what
+// it became, whether its connection had others ready (then the link is behind)
+// and, if not, whether it had to wait for a processor. After a quarter of a
+// second it decides:
+//
+//   - Chunks often come late because they waited for a processor, or packing
+//     takes more than cores processors: one level down. The level that was left
+//     is not tried again for a while, longer each time.
+//   - Else, if the next level would keep fewer than cores busy at the rate at
+//     which packed bytes leave now: one level up.
+//
+// A demand read takes the level with the least time to pack and cross the link
+// together, once the rate of the link is known.
+type chooser struct {
+	level  atomic.Uint32 // of background
+	demand atomic.Uint32
+	cores  float64
+	fixed  bool // it does not choose
+
+	began  time.Time // of the samples
+	n      int
+	late   int // waited for a processor, and the connection had nothing to send
+	behind int // the connection had others to send
+	plain  int64
+	packed int64
+	took   time.Duration
+
+	rest [chunk.Tight + 1]time.Duration // how long a level is left alone once it was too much
+	till [chunk.Tight + 1]time.Time
+	rose time.Time // when it came to this level from below
+	rate float64   // packed bytes a second of the link, 0 while it was never what limits
+}
+
+// sample is one background chunk that was packed.
+type sample struct {
+	plain, packed  int
+	took           time.Duration // of a processor, signing and packing
+	behind, waited bool
+}
+
+const (
+	chooseEvery = 250 * time.Millisecond
+	// chooseMost bounds samples that lie too far apart to say anything of a rate.
+	chooseMost = 4 * time.Second
+	restFirst  = 2 * time.Second
+	restMost   = 2 * time.Minute
+	// packCores is how many processors packing for one session may keep busy: the
+	// machine beside the source has other work.
+	packCores = 0.9
+)
+
+// levelCost and levelSize are how the levels compare, by internal/chunk's
+// measurements: seconds for some bytes, signature included, and bytes made of
+// them. Only quotients of them are used.
+var (
+	levelCost = [...]float64{chunk.Plain: 1, chunk.Quick: 2.3, chunk.Fast: 5.5, chunk.Good: 8, chunk.Tight: 19}
+	levelSize = [...]float64{chunk.Plain: 1, chunk.Quick: .49, chunk.Fast: .39, chunk.Good: .357, chunk.Tight: .333}
+)
+
+// firstLevel is where a session begins.
+const firstLevel = chunk.Fast
+
+// newChooser returns a chooser, or with a codec of S2 or Zstd one that always
+// takes that.
+func newChooser(fixed chunk.Codec, off bool) *chooser {
+	c := &chooser{cores: packCores}
+	level := firstLevel
+	if fixed != chunk.Raw || off {
+		level, c.fixed = chunk.LevelOf(fixed), true
+	}
+	c.level.Store(uint32(level))
+	c.demand.Store(uint32(level))
+	return c
+}
+
+// at is the level of a class: 0 demand, 1 background.
+func (c *chooser) at(class int) chunk.Level {
+	if class == 0 {
+		return chunk.Level(c.demand.Load())
+	}
+	return chunk.Level(c.level.Load())
+}
+
+// add takes a sample, and decides if it is time to.
+func (c *chooser) add(now time.Time, s sample) {
+	if c.fixed {
+		return
+	}
+	if c.n > 0 && now.Sub(c.began) > chooseMost {
+		c.reset()
+	}
+	if c.n == 0 {
+		// The first one only begins the time that the others are counted in.
+		c.began, c.n = now, 1
+		return
+	}
+	c.n++
+	c.plain += int64(s.plain)
+	c.packed += int64(s.packed)
+	c.took += s.took
+	switch {
+	case s.behind:
+		c.behind++
+	case s.waited:
+		c.late++
+	}
+	if now.Sub(c.began) >= chooseEvery {
+		c.decide(now)
+		c.reset()
+	}
+}
+
+func (c *chooser) reset() {
+	c.n, c.late, c.behind, c.plain, c.packed, c.took = 0, 0, 0, 0, 0, 0
+}
+
+func (c *chooser) decide(now time.Time) {
+	level, n := c.at(1), c.n-1
+	seconds := now.Sub(c.began).Seconds()
+	busy := c.took.Seconds() / seconds
+	if 2*c.behind > n {
+		c.rate = float64(c.packed) / seconds
+	}
+	c.demand.Store(uint32(c.quickest(level)))
+	switch {
+	case level > chunk.Quick && (4*c.late > n || busy > c.cores*1.2):
+		if now.Sub(c.rose) > restMost {
+			c.rest[level] = 0 // it was right for long
+		}
+		c.rest[level] = min(max(2*c.rest[level], restFirst), restMost)
+		c.till[level] = now.Add(c.rest[level])
+		level--
+	case level < chunk.Tight && 32*c.late <= n && !now.Before(c.till[level+1]):
+		// The same packed bytes a second, of more plain ones, each at a higher cost.
+		if busy*(levelSize[level]/levelSize[level+1])*(levelCost[level+1]/levelCost[level]) <= c.cores {
+			level++
+			c.rose = now
+		}
+	}
+	c.level.Store(uint32(level))
+}
+
+// quickest is the level at which a demand read is over soonest, Tight aside.
+// The samples, made at level, say how fast this machine is.
+func (c *chooser) quickest(level chunk.Level) chunk.Level {
+	if c.rate == 0 || c.plain == 0 {
+		return firstLevel
+	}
+	best, least := firstLevel, 0.0
+	for l := chunk.Quick; l < chunk.Tight; l++ {
+		cost := c.took.Seconds() / float64(c.plain) * levelCost[l] / levelCost[level]
+		size := float64(c.packed) / float64(c.plain) * levelSize[l] / levelSize[level]
+		if t := cost + size/c.rate; least == 0 || t < least {
+			best, least = l, t
+		}
+	}
+	return best
+}
+
+// stopwatch measures what a goroutine takes of a processor. Where that cannot
+// be told, or it was moved to another thread meanwhile, the time that passed counts.
+type stopwatch struct {
+	cpu  time.Duration
+	wall time.Time
+}
+
+func startWatch() stopwatch { return stopwatch{threadTime(), time.Now()} }
+
+func (w stopwatch) stop() time.Duration {
+	wall, cpu := time.Since(w.wall), threadTime()-w.cpu
+	if cpu <= 0 || cpu > wall {
+		return wall
+	}
+	return cpu
+}

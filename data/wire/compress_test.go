@@ -1,0 +1,132 @@
+package wire
+
+import (
+	"testing"
+	"time"
+
+	"forerun/internal/chunk"
+)
+
+// packWorld is a link and a machine for a chooser to find its way in.
+type packWorld struct {
+	c      *chooser
+	now    time.Time
+	link   float64 // packed bytes a second it carries
+	cores  float64 // processors that pack
+	second float64 // seconds a plain byte takes at levelCost 1
+	noise  bool    // nothing packs, and that is noticed at once
+
+	changes int
+	visited map[chunk.Level]time.Duration
+}
+
+func newPackWorld(link float64) *packWorld {
+	return &packWorld{c: newChooser(chunk.Raw, false), now: time.Unix(0, 0), link: link, cores: 1, second: 1e-9}
+}
+
+// run lets chunks pass for d.
+func (w *packWorld) run(d time.Duration) {
+	const plain = 64 << 10
+	w.visited = map[chunk.Level]time.Duration{}
+	w.changes = 0
+	for end := w.now.Add(d); w.now.Before(end); {
+		l := w.c.at(1)
+		packed, cost := plain*levelSize[l], plain*levelCost[l]*w.second
+		if w.noise {
+			packed, cost = plain, plain*w.second*1.1
+		}
+		pack, send := cost/w.cores, packed/w.link
+		step := time.Duration(max(pack, send) * 1e9)
+		w.now = w.now.Add(step)
+		w.visited[l] += step
+		w.c.add(w.now, sample{plain, int(packed), time.Duration(cost * 1e9), send >= pack, send < pack})
+		if w.c.at(1) != l {
+			w.changes++
+		}
+	}
+}
+
+func TestChooserFindsTheLevel(t *testing.T) {
+	const mbit = 1e6 / 8
+	for name, x := range map[string]struct {
+		link, cores, second float64
+		noise               bool
+		background, demand  chunk.Level
+	}{
+		"10 Mbit/s":                     {10 * mbit, 1, 1e-9, false, chunk.Tight, chunk.Good},
+		"100 Mbit/s":                    {100 * mbit, 1, 1e-9, false, chunk.Tight, chunk.Good},
+		"250 Mbit/s":                    {250 * mbit, 1, 1e-9, false, chunk.Good, chunk.Quick},
+		"1 Gbit/s":                      {1000 * mbit, 1, 1e-9, false, chunk.Quick, chunk.Quick},
+		"1 Gbit/s, many processors":     {1000 * mbit, 16, 1e-9, false, chunk.Quick, chunk.Quick},
+		"no limit but the processor":    {1e12, 1, 1e-9, false, chunk.Quick, chunk.Fast},
+		"100 Mbit/s, slow machine":      {100 * mbit, 1, 3e-9, false, chunk.Good, chunk.Quick},
+		"100 Mbit/s, half a processor":  {100 * mbit, .5, 1e-9, false, chunk.Good, chunk.Good},
+		"1 Gbit/s, incompressible data": {1000 * mbit, 1, 1e-9, true, chunk.Tight, chunk.Quick},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newPackWorld(x.link)
+			w.cores, w.second, w.noise = x.cores, x.second, x.noise
+			w.run(10 * time.Second)
+			w.run(10 * time.Minute)
+			if got := w.visited[x.background]; got < 10*time.Minute*9/10 {
+				t.Errorf("%v of ten minutes were at %v: %v", got, x.background, w.visited)
+			}
+			if w.changes > 20 {
+				t.Errorf("%d changes in ten minutes", w.changes)
+			}
+			if !x.noise && w.c.at(0) != x.demand {
+				t.Errorf("demand is packed at %v, want %v", w.c.at(0), x.demand)
+			}
+		})
+	}
+}
+
+func TestChooserFollows(t *testing.T) {
+	w := newPackWorld(100e6 / 8)
+	w.run(5 * time.Second)
+	if l := w.c.at(1); l != chunk.Tight {
+		t.Fatalf("at %v where there is time", l)
+	}
+	w.cores = .1 // somebody else needs the processors
+	w.run(2 * time.Second)
+	if l := w.c.at(1); l > chunk.Fast {
+		t.Errorf("at %v with a tenth of a processor", l)
+	}
+	w.cores = 1
+	w.run(time.Minute)
+	if l := w.c.at(1); l != chunk.Tight {
+		t.Errorf("at %v when they are free again", l)
+	}
+	w.link = 1e9 / 8
+	w.run(2 * time.Second)
+	if l := w.c.at(1); l != chunk.Quick {
+		t.Errorf("at %v on a faster link", l)
+	}
+}
+
+func TestChooserTakesSilenceForNothing(t *testing.T) {
+	c := newChooser(chunk.Raw, false)
+	now := time.Unix(0, 0)
+	for range 100 { // a chunk now and then says nothing of the link
+		now = now.Add(time.Minute)
+		c.add(now, sample{64 << 10, 20 << 10, time.Millisecond, false, true})
+	}
+	if l := c.at(1); l != firstLevel {
+		t.Errorf("at %v", l)
+	}
+}
+
+func TestChooserFixed(t *testing.T) {
+	for _, x := range []struct {
+		codec chunk.Codec
+		off   bool
+		want  chunk.Level
+	}{{chunk.S2, false, chunk.Quick}, {chunk.Zstd, false, chunk.Fast}, {chunk.Raw, true, chunk.Plain}} {
+		w := newPackWorld(1e6)
+		w.c = newChooser(x.codec, x.off)
+		w.run(time.Minute)
+		if w.c.at(0) != x.want || w.c.at(1) != x.want {
+			t.Errorf("codec %d, off %v: %v and %v, want %v", x.codec, x.off, w.c.at(0), w.c.at(1), x.want)
+		}
+	}
+}
