@@ -167,7 +167,7 @@ var variants = []struct {
 	{"flex64", "2G", []string{"-G", "64"}},
 	{"orphanfile", "200M", []string{"-O", "orphan_file"}},
 	{"quota-project", "200M", []string{"-O", "quota,project", "-I", "512"}},
-	{"large", "3T", []string{"-E", "lazy_itable_init=1,lazy_journal_init=1", "-J", "size=4"}},
+	{"large", "100G", []string{"-E", "lazy_itable_init=1,lazy_journal_init=1", "-J", "size=4"}},
 }
 
 // TestAgainstDumpe2fs compares the free blocks, block for block.

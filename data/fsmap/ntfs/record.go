@@ -69,10 +69,12 @@ func (v *volume) raw(i int64) (b []byte, inUse bool, err error) {
 	if err := unfix(b, "FILE"); err != nil {
 		return nil, false, err
 	}
-	if v.record >= 48 && le.Uint16(b[4:]) >= 48 && int64(le.Uint32(b[44:])) != i {
+	inUse = le.Uint16(b[22:])&1 != 0
+	// Records made before version 3.1 do not have their number.
+	if inUse && le.Uint16(b[4:]) >= 48 && int64(le.Uint32(b[44:])) != i {
 		return nil, false, fmt.Errorf("the record says that it is number %d", le.Uint32(b[44:]))
 	}
-	return b, le.Uint16(b[22:])&1 != 0, nil
+	return b, inUse, nil
 }
 
 // file reads a record that must be in use and the first of its file.
