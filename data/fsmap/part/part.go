@@ -90,12 +90,19 @@ func Read(r io.ReaderAt, size int64, sector int) (Table, []Partition, error) {
 			}
 		}
 		p, err := readGPT(r, size, int64(gptSector))
-		return GPT, p, err
+		return GPT, trusted(p, err), err
 	case !isMBR:
 		return None, nil, nil
 	}
 	p, err := readMBR(r, size, int64(sector), mbr)
-	return MBR, p, err
+	return MBR, trusted(p, err), err
+}
+
+func trusted(p []Partition, err error) []Partition {
+	if err != nil {
+		return nil
+	}
+	return p
 }
 
 func read(r io.ReaderAt, p []byte, off int64) error {
