@@ -57,8 +57,11 @@ type Options struct {
 	SourceID   string // names the content's origin; a volume made for another one is not opened
 	Store      Store
 	Tier       Tier // nil for none
-	Log        *slog.Logger
-	Tune       Tuning
+	// SkipFree leaves chunks at the source that its file systems do not use:
+	// they are not absent, Extents calls them block.Free, and reading one still asks the source.
+	SkipFree bool
+	Log      *slog.Logger
+	Tune     Tuning
 }
 
 // Tuning are the figures of a volume that measurement decides. Zero values
