@@ -234,7 +234,7 @@ func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 		FS: f.fs, Dir: f.volumeDir(meta.Volume),
 		ScratchDir: f.scratchDir(meta.Volume),
 		Store:      f.store, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
-		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit,
+		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit, SkipFree: f.cfg.SkipFree,
 		Reserved: []string{f.cfg.StateDir}, OnSwitched: f.switched, Log: log,
 		Pair: f.stackPair(meta.Volume), Isolated: f.cfg.Policy == api.PolicyIsolated,
 	})

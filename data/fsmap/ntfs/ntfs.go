@@ -26,7 +26,7 @@ import (
 var ErrOther = errors.New("not NTFS")
 
 // ErrDirty means that the volume was not unmounted cleanly.
-var ErrDirty = errors.New("was not unmounted cleanly")
+var ErrDirty = errors.New("it was not unmounted cleanly")
 
 // Info describes a volume.
 type Info struct {
@@ -343,7 +343,7 @@ func (u *used) check(from, n int64) error {
 		lo := from - part*8*bitmapPart
 		hi := min(lo+n, 8*bitmapPart)
 		if next(u.b, lo, hi, 0) != hi {
-			return errors.New("has clusters that $Bitmap says are free: the volume " + ErrDirty.Error())
+			return errors.New("has clusters that $Bitmap says are free: " + ErrDirty.Error())
 		}
 		from, n = from+hi-lo, n-(hi-lo)
 	}

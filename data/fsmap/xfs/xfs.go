@@ -23,7 +23,7 @@ import (
 var ErrOther = errors.New("not XFS")
 
 // ErrDirty means that the file system was not unmounted cleanly.
-var ErrDirty = errors.New("was not unmounted cleanly")
+var ErrDirty = errors.New("it was not unmounted cleanly")
 
 // Info describes a file system.
 type Info struct {
