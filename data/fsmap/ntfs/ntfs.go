@@ -232,7 +232,7 @@ func (v *volume) awake() error {
 	}
 	for _, c := range b {
 		if c != 0 {
-			return errors.New("Windows is hibernated on it, or ended for a fast start")
+			return errors.New("a Windows is hibernated on it, or ended for a fast start")
 		}
 	}
 	return nil
