@@ -17,9 +17,9 @@
 //     before the bytes change. So a range that the map calls free has not been
 //     written since no file system used it.
 //   - Nothing here changes what a read returns.
-//   - Memory is bounded: two bits for each unit at most, 4 KiB for 32768 units
-//     that differ, nothing for those that are alike. Reading is bounded by the size of the
-//     file systems' own maps, and ends with its context.
+//   - Memory is bounded: a bit for each unit where units differ, in pages of
+//     32768, and nothing where they are alike. Reading is bounded by the size of
+//     the file systems' own maps, and ends with its context.
 //
 // The parsers are pure readers of bytes that a stranger may have written. They
 // check every offset before they use it, and are fuzzed.

@@ -12,8 +12,8 @@ import (
 const (
 	// maxExtents bounds one answer of Extents.
 	maxExtents = 4096
-	// patience is how long after Watch a question of the background waits for
-	// the map: what it is told is data meanwhile will be fetched.
+	// patience is how long after the first question of the background such a
+	// one waits for the map: what it is told is data meanwhile will be fetched.
 	patience = 15 * time.Second
 )
 
@@ -21,22 +21,22 @@ const (
 // Everything else passes through.
 type Watched struct {
 	block.Device
-	until time.Time     // after it nobody waits for the map
 	known chan struct{} // closed when the map is there, or never will be
 	once  sync.Once     // closes known
 
 	mu     sync.Mutex
-	m      *Map   // nil while there is none
-	begun  uint64 // writes that have begun
-	active int    // writes under way
-	why    string // there is no map
+	m      *Map      // nil while there is none
+	begun  uint64    // writes that have begun
+	active int       // writes under way
+	why    string    // there is no map
+	until  time.Time // after it nobody waits for the map; zero before anybody did
 }
 
 var _ block.Device = (*Watched)(nil)
 
 // Watch puts the storey above dev. It knows nothing before Learn has ended.
 func Watch(dev block.Device) *Watched {
-	return &Watched{Device: dev, until: time.Now().Add(patience), known: make(chan struct{})}
+	return &Watched{Device: dev, known: make(chan struct{})}
 }
 
 // Learn reads the file systems below, in units of unit bytes, and from then on
@@ -61,9 +61,6 @@ func (w *Watched) Learn(ctx context.Context, unit int64) (*Map, error) {
 	w.m = m
 	return m, nil
 }
-
-// Skip says that the file systems will not be read.
-func (w *Watched) Skip() { w.once.Do(func() { close(w.known) }) }
 
 // Map is what is known now, nil before Learn has ended well.
 func (w *Watched) Map() *Map {
@@ -174,7 +171,12 @@ func (w *Watched) await(ctx context.Context) error {
 		return nil
 	default:
 	}
+	w.mu.Lock()
+	if w.until.IsZero() {
+		w.until = time.Now().Add(patience)
+	}
 	left := time.Until(w.until)
+	w.mu.Unlock()
 	if left <= 0 {
 		return nil
 	}

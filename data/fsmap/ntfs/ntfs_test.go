@@ -156,12 +156,12 @@ func TestAgainstNtfsprogs(t *testing.T) {
 			dir, umount := mount(t, img)
 			r := rand.New(rand.NewPCG(1, 5))
 			b := make([]byte, 40<<10)
-			for i := range 300 {
+			for i := range 120 {
 				if err := os.WriteFile(filepath.Join(dir, fmt.Sprint("f", i)), b[:r.IntN(len(b))], 0o600); err != nil {
 					t.Fatal(err)
 				}
 			}
-			for i := 0; i < 300; i += 2 {
+			for i := 0; i < 120; i += 2 {
 				if err := os.Remove(filepath.Join(dir, fmt.Sprint("f", i))); err != nil {
 					t.Fatal(err)
 				}

@@ -204,20 +204,21 @@ func compare(t *testing.T, img string) {
 
 var variants = []struct {
 	name, size string
+	busy       bool // many files come and go, too
 	args       []string
 }{
-	{"default", "300M", nil},
-	{"v4", "300M", []string{"-m", "crc=0"}},
-	{"rmapbt", "300M", []string{"-m", "rmapbt=1"}},
-	{"1k", "300M", []string{"-b", "size=1024"}},
-	{"v4-512", "300M", []string{"-m", "crc=0", "-b", "size=512"}},
-	{"sector4k", "300M", []string{"-s", "size=4096"}},
-	{"64k", "600M", []string{"-b", "size=65536"}},
-	{"stripe", "700M", []string{"-d", "su=64k,sw=4", "-l", "su=256k"}},
-	{"manyags", "600M", []string{"-d", "agcount=13", "-l", "size=12m"}},
-	{"oldlog", "300M", []string{"-m", "crc=0", "-l", "version=1"}},
-	{"bare", "300M", []string{"-m", "finobt=0,reflink=0,inobtcount=0,bigtime=0", "-i", "sparse=0"}},
-	{"large", "5T", nil},
+	{"default", "300M", true, nil},
+	{"v4", "300M", false, []string{"-m", "crc=0"}},
+	{"rmapbt", "300M", true, []string{"-m", "rmapbt=1"}},
+	{"1k", "300M", true, []string{"-b", "size=1024"}},
+	{"v4-512", "300M", false, []string{"-m", "crc=0", "-b", "size=512"}},
+	{"sector4k", "300M", true, []string{"-s", "size=4096"}},
+	{"64k", "600M", false, []string{"-b", "size=65536"}},
+	{"stripe", "700M", true, []string{"-d", "su=64k,sw=4", "-l", "su=256k"}},
+	{"manyags", "600M", false, []string{"-d", "agcount=13", "-l", "size=12m"}},
+	{"oldlog", "300M", false, []string{"-m", "crc=0", "-l", "version=1"}},
+	{"bare", "300M", false, []string{"-m", "finobt=0,reflink=0,inobtcount=0,bigtime=0", "-i", "sparse=0"}},
+	{"large", "5T", false, nil},
 }
 
 // TestAgainstXfsDB compares the free blocks, block for block: as mkfs left
@@ -233,6 +234,9 @@ func TestAgainstXfsDB(t *testing.T) {
 			_, info, _ := free(t, img)
 			if info.Label != "label" || info.UUID != "01234567-89ab-cdef-0123-456789abcdef" {
 				t.Errorf("%+v", info)
+			}
+			if !v.busy {
+				return
 			}
 			dir, umount := mount(t, img)
 			churn(t, dir, 400, 1)
