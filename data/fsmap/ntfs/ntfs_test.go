@@ -143,7 +143,7 @@ func TestAgainstNtfsprogs(t *testing.T) {
 		args       []string
 	}{
 		{"default", "64M", nil}, {"512", "20M", []string{"-c", "512"}}, {"64k", "200M", []string{"-c", "65536"}},
-		{"2k", "33000K", []string{"-c", "2048"}}, {"large", "300G", []string{"-f"}},
+		{"2k", "33000K", []string{"-c", "2048"}}, {"large", "40G", []string{"-f"}},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()

@@ -61,9 +61,21 @@ func (i *image) poke(at int64, v ...byte) {
 	}
 }
 
-// sfdisk makes a table and returns the disk, and what sfdisk reads from it.
+// made are the disks that were made already, by script: sfdisk syncs a lot.
+var made = map[string]disk{}
+
+type disk struct {
+	i    *image
+	want []Partition
+}
+
+// sfdisk makes a table and returns the disk, which is not to be changed, and
+// what sfdisk reads from it.
 func sfdisk(t testing.TB, size, script string) (*image, []Partition) {
 	t.Helper()
+	if d, ok := made[script]; ok {
+		return d.i, d.want
+	}
 	p := filepath.Join(t.TempDir(), "img")
 	if out, err := exec.Command("truncate", "-s", size, p).CombinedOutput(); err != nil {
 		t.Fatalf("%s", out)
@@ -119,6 +131,7 @@ func sfdisk(t testing.TB, size, script string) (*image, []Partition) {
 			i.b[at] = b
 		}
 	}
+	made[script] = disk{i, want}
 	return i, want
 }
 
