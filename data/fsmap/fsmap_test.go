@@ -225,7 +225,7 @@ func TestMapAgainstBits(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 1))
 	for range 2000 {
 		off := r.Int64N(100 << 30)
-		n := 1 + r.Int64N(min(100<<30-off, int64(1)<<r.IntN(34)))
+		n := 1 + r.Int64N(min(100<<30-off, int64(1)<<r.IntN(31)))
 		m.Use(off, n)
 		for u := off >> 16; u <= (off+n-1)>>16; u++ {
 			bits[u] = false
