@@ -123,17 +123,33 @@ type Volume struct {
 	Failover  *Failover  `json:"failover,omitempty" doc:"at a proxy: which target serves"`
 	Clones    []string   `json:"clones,omitempty" doc:"at a backend: test clones that read the source"`
 
+	FileSystems []FileSystem `json:"file_systems,omitempty" doc:"at a backend: what was found on the source"`
+
 	Warnings []string `json:"warnings,omitempty"`
 }
 
-// Chunks counts the volume map; the four sum to the volume.
+// Chunks counts the volume map; untouched, free, held, zero and modified sum to the volume.
 type Chunks struct {
-	Untouched int64 `json:"untouched" doc:"only the source has them"`
+	Untouched int64 `json:"untouched" doc:"only the source has them, without those that are free"`
+	Free      int64 `json:"free" doc:"only the source has them, whose file systems do not use them: they are left there"`
 	Held      int64 `json:"held" doc:"kept here, verified"`
 	Zero      int64 `json:"zero" doc:"known to read as zeros"`
 	Modified  int64 `json:"modified" doc:"written by the workload"`
 	Absent    int64 `json:"absent" doc:"still to be fetched, wholly or in part"`
 	Corrupt   int64 `json:"corrupt" doc:"found damaged since start, and fetched again"`
+}
+
+// FileSystem is what a backend found in a partition of a source, or on the
+// whole of it.
+type FileSystem struct {
+	OffsetBytes int64  `json:"offset_bytes"`
+	SizeBytes   int64  `json:"size_bytes" doc:"of the partition"`
+	Partition   string `json:"partition,omitempty" doc:"its name or type in the partition table"`
+	Type        string `json:"type,omitempty" doc:"ext4, xfs, ntfs, or what else it looks like"`
+	Label       string `json:"label,omitempty"`
+	UUID        string `json:"uuid,omitempty"`
+	FreeBytes   int64  `json:"free_bytes" doc:"that it did not use when the source was opened"`
+	Reason      string `json:"reason,omitempty" doc:"why none of it is left out with --skip-free, empty when it is"`
 }
 
 // WAN is what crossed the link for this volume since the daemon started.

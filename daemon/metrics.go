@@ -40,7 +40,7 @@ var families = []gauge{
 		func(v api.Volume) []sample { return one(float64(v.SizeBytes)) }},
 	{"forerun_volume_chunks", "Chunks of the volume by state.", prometheus.GaugeValue, []string{"state"},
 		func(v api.Volume) []sample {
-			return []sample{{float64(v.Chunks.Untouched), []string{"untouched"}}, {float64(v.Chunks.Held), []string{"held"}},
+			return []sample{{float64(v.Chunks.Untouched), []string{"untouched"}}, {float64(v.Chunks.Free), []string{"free"}}, {float64(v.Chunks.Held), []string{"held"}},
 				{float64(v.Chunks.Zero), []string{"zero"}}, {float64(v.Chunks.Modified), []string{"modified"}}}
 		}},
 	{"forerun_volume_absent_chunks", "Chunks still to be fetched, wholly or in part.", prometheus.GaugeValue, nil,

@@ -88,6 +88,7 @@ func backendCommand() *cobra.Command {
 	f.BoolVar(&cfg.ReadOnly, "read-only", false, "never change a source: nothing is written back")
 	f.StringArrayVar(&sizes, "chunk", nil, "[NAME=]BYTES: chunk size of all volumes or of one, a power of two from 16384 to 1048576; may be given again (default 65536)")
 	f.StringArrayVar(&chunking, "chunking", nil, "[NAME=]fixed or [NAME=]content: chunks are cut at fixed places, or into pieces by their content, which finds bytes again that moved; may be given again (default fixed)")
+	f.BoolVar(&cfg.NoFSMap, "no-fsmap", false, "do not look for file systems on the sources: frontends cannot leave out what those do not use")
 	logs.add(cmd)
 	required(cmd, "pki", "name", "state", "listen", "volume")
 	return cmd
@@ -166,6 +167,7 @@ func frontendCommand() *cobra.Command {
 	f.Int64Var(&cfg.StoreLimit, "store-limit", 0, "most bytes of chunks kept on disk, for each dedup domain; what was read least lately is dropped and fetched again when needed; 0 for no limit")
 	f.StringArrayVar(&domains, "domain", nil, "VOLUME=DOMAIN: keep the volume's chunks apart from those of other domains, under a key of their own; may be given again")
 	f.Int64Var(&cfg.FillLimit, "fill-limit", 0, "limit of the background transfer, bytes a second on the link; 0 for none")
+	f.BoolVar(&cfg.SkipFree, "skip-free", false, "blocks that the file systems of the source do not use are not copied; reading one still asks the source until cut-over, afterwards it reads as zeros")
 	f.StringVar(&cfg.Peer, "peer", "", "HOST:PORT of the other frontend, which holds every write too")
 	f.StringVar(&cfg.PeerListen, "peer-listen", "", "HOST:PORT where the other frontend finds this one")
 	f.StringVar(&cfg.Zone, "zone", "", "where this node stands, for status; its peer should stand elsewhere")

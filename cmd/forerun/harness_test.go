@@ -164,6 +164,10 @@ func (s *site) startBackend(volumes ...string) {
 	s.t.Helper()
 	args := []string{"backend", "--pki", s.path("pki"), "--name", "old", "--state", s.path("bstate"), "--listen", s.addr}
 	for _, v := range volumes {
+		if strings.HasPrefix(v, "--") { // a flag
+			args = append(args, v)
+			continue
+		}
 		args = append(args, "--volume", v)
 	}
 	s.backend = start(s.t, s.path("backend.log"), binary, append(args, s.backendFlags...)...)

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -271,8 +272,14 @@ func printVolume(w io.Writer, v api.Volume) {
 	if v.Role == api.RoleBackend {
 		row("link", "%s received, %s sent", bytesText(float64(v.WAN.ReceivedBytes)), bytesText(float64(v.WAN.SentBytes)))
 		row("dedup", "%s chunking; content of %d chunks known, scan %s; %d sent as signatures", v.Dedup.Chunking, v.Dedup.KnownChunks, v.Dedup.Scan, v.Dedup.Chunks)
+		for _, f := range v.FileSystems {
+			row("file system", "%s", fileSystemText(f))
+		}
 		end()
 		return
+	}
+	if v.Chunks.Free > 0 {
+		row("free", "%d chunks that the file systems of the source do not use are left there", v.Chunks.Free)
 	}
 	row("chunks", "%d untouched, %d held, %d zero, %d modified; %d absent", v.Chunks.Untouched, v.Chunks.Held, v.Chunks.Zero, v.Chunks.Modified, v.Chunks.Absent)
 	link := "up"
@@ -327,4 +334,16 @@ func printProxied(w io.Writer, v api.Volume, row func(name, format string, args 
 	}
 	row("calls", "%d under way, %d repeated", f.Waiting, f.Repeated)
 	row("moves", "%d, %d because a target answered nothing; the longest time without any was %s", f.Moves, f.Stalls, microsText(f.LongestUs))
+}
+
+// fileSystemText says what was found in a part of a source.
+func fileSystemText(f api.FileSystem) string {
+	s := fmt.Sprintf("%s of %s at %s", cmp.Or(f.Type, "nothing known"), bytesText(float64(f.SizeBytes)), bytesText(float64(f.OffsetBytes)))
+	if f.Label != "" {
+		s += fmt.Sprintf(" %q", f.Label)
+	}
+	if f.Reason != "" {
+		return s + ": counts as data, because " + f.Reason
+	}
+	return s + ": " + bytesText(float64(f.FreeBytes)) + " free"
 }

@@ -19,6 +19,7 @@ import (
 	"forerun/api/serve"
 	"forerun/block"
 	"forerun/daemon"
+	"forerun/data/fsmap"
 	"forerun/data/source"
 	"forerun/data/wire"
 	"forerun/data/writeback"
@@ -42,7 +43,9 @@ type Config struct {
 	Content    bool
 	// ReadOnly never changes a source: nothing is written back.
 	ReadOnly bool
-	Log      *slog.Logger
+	// NoFSMap does not look for file systems on the sources.
+	NoFSMap bool
+	Log     *slog.Logger
 }
 
 // Volume names a source.
@@ -83,10 +86,11 @@ type Backend struct {
 }
 
 type served struct {
-	spec Volume
-	away atomic.Pointer[string] // why calls of dev wait for its server, nil or empty when they do not
-	dev  block.Device           // nil: it was given back in an earlier life
-	loss *writeback.Loss        // guarded by Backend.mu: of an abort by force
+	spec  Volume
+	away  atomic.Pointer[string] // why calls of dev wait for its server, nil or empty when they do not
+	dev   block.Device           // nil: it was given back in an earlier life
+	watch *fsmap.Watched         // what the file systems do not use; nil without dev or with NoFSMap
+	loss  *writeback.Loss        // guarded by Backend.mu: of an abort by force
 
 	chunkBytes int
 	cutter     *chunk.Cutter // nil: chunks are fixed
@@ -169,6 +173,7 @@ func (b *Backend) Run(ctx context.Context) (err error) {
 	defer daemon.Stopping()
 	return daemon.Tree(ctx,
 		func(ctx context.Context) error { return b.server.Serve(ctx, ln) },
+		b.learn,
 		func(ctx context.Context) error { return serve.Run(ctx, b.cfg.StateDir, handler) },
 	)
 }
@@ -198,6 +203,10 @@ func (b *Backend) openSources(ctx context.Context) error {
 			return fmt.Errorf("volume %s: %w", v.Name, err)
 		}
 		s.dev = block.NewChecked("source "+v.Name, dev)
+		if !b.cfg.NoFSMap {
+			s.watch = fsmap.Watch(s.dev)
+			s.dev = s.watch
+		}
 		b.open[v.Name] = s
 		b.names = append(b.names, v.Name)
 		if err := b.remember(s); err != nil {
@@ -305,5 +314,6 @@ func (b *Backend) status(s *served) api.Volume {
 		v.Dedup.HashedBytes += scan.Hashed
 	}
 	b.pairStatus(s, &v)
+	fsStatus(s.watch, &v)
 	return v
 }

@@ -50,6 +50,9 @@ type Config struct {
 	FillPaused bool
 	// FillLimit bounds the background transfer in bytes a second on the link, 0 for none.
 	FillLimit int64
+	// SkipFree leaves at the source what its file systems do not use: reading it
+	// asks the source until cut-over, afterwards it reads as zeros.
+	SkipFree bool
 	// VerifyClients makes nbds listeners ask clients for a certificate of the same CA.
 	VerifyClients bool
 

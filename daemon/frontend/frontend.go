@@ -292,7 +292,7 @@ func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 		FS: f.fs, Dir: f.volumeDir(meta.Volume),
 		ScratchDir: f.scratchDir(meta.Volume),
 		Store:      d.store, Key: d.key, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
-		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit, Hold: d.full(f.cfg.StoreLimit),
+		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit, Hold: d.full(f.cfg.StoreLimit), SkipFree: f.cfg.SkipFree,
 		Reserved: []string{f.cfg.StateDir}, OnSwitched: func() { f.leave(f.link(meta.Volume)) }, Log: log,
 		Pair: f.stackPair(meta.Volume), Isolated: f.cfg.Policy == api.PolicyIsolated,
 	})

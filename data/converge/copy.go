@@ -17,7 +17,7 @@ const pieceBytes = 1 << 20
 // piece is a range to be copied.
 type piece struct {
 	off, n int64
-	zero   bool // it is known to read as zeros
+	zero   bool // it is known to read as zeros, or need not be had
 }
 
 // copier moves ranges from one device to another with a few reads in flight.
@@ -101,7 +101,7 @@ func (c *copier) one(ctx context.Context, buf []byte, ext []block.Extent, p piec
 			return ext, err
 		}
 		for _, e := range ext {
-			if e.Kind.Zero() {
+			if spared(e) {
 				err = c.clear(ctx, e.Off, e.Len)
 			} else {
 				err = c.data(ctx, buf[:e.Len], e.Off)
@@ -144,6 +144,10 @@ func (c *copier) data(ctx context.Context, buf []byte, off int64) error {
 	}
 	return nil
 }
+
+// spared says whether the target need not have the bytes of an extent of the
+// volume. What the volume calls free it was told to leave at the source.
+func spared(e block.Extent) bool { return e.Kind.Zero() || e.Kind == block.Free }
 
 var zeros [64 << 10]byte
 

@@ -361,10 +361,10 @@ func (j *Job) sweep(ctx context.Context, c *copier, at int64, emit func(piece) e
 				return at, err
 			}
 			for _, e := range ext {
-				if err := emit(piece{off: e.Off, n: e.Len, zero: e.Kind.Zero()}); err != nil {
+				if err := emit(piece{off: e.Off, n: e.Len, zero: spared(e)}); err != nil {
 					return at, err
 				}
-				if !e.Kind.Zero() {
+				if !spared(e) {
 					fed += e.Len
 				}
 				at = e.End()

@@ -49,7 +49,7 @@ func (v *Volume) phase(s api.Volume) string {
 // status adds what the source side knows.
 func (src *sourceSide) status(s *api.Volume) {
 	vs, qs, fs, js, cs := src.volume.Stats(), src.sched.Stats(), src.pump.Stats(), src.journal.Stats(), src.cache.Stats()
-	s.Chunks = api.Chunks{Untouched: vs.Untouched, Held: vs.Held, Zero: vs.Zero, Modified: vs.Modified,
+	s.Chunks = api.Chunks{Untouched: vs.Untouched, Free: vs.Free, Held: vs.Held, Zero: vs.Zero, Modified: vs.Modified,
 		Absent: vs.Untouched + vs.PartlyAbsent, Corrupt: vs.Corrupt + vs.Refetched}
 	s.WAN.DemandBytes, s.WAN.BackgroundBytes = qs.DemandBytes, qs.BackgroundBytes
 	s.Demand = api.Demand{Reads: qs.DemandWaits, Waiting: int64(qs.DemandQueued + qs.DemandInFlight),

@@ -39,6 +39,8 @@ type Options struct {
 	// Hold, if set, says why the fill should bring nothing more for now.
 	Hold      func() string
 	FillLimit int64 // bytes a second on the link, 0 for none
+	// SkipFree leaves at the source what its file systems do not use.
+	SkipFree bool
 	// Reserved are files and directories that a cut-over must not write to.
 	Reserved []string
 	// OnSwitched is called, if set, when the native target has become primary
@@ -227,7 +229,7 @@ func openSource(m Meta, o Options) (s *sourceSide, err error) {
 	}
 	if s.volume, err = volume.Open(o.FS, path.Join(o.Dir, mapDir), volume.Options{
 		Name: m.Volume, Size: m.SizeBytes, BlockSize: m.BlockBytes, ChunkBytes: m.ChunkBytes, SourceID: m.SourceID,
-		Store: o.Store, Key: o.Key, Tier: s.cache, Log: o.Log}); err != nil {
+		Store: o.Store, Key: o.Key, Tier: s.cache, SkipFree: o.SkipFree, Log: o.Log}); err != nil {
 		return s, err
 	}
 	s.sched = sched.New(s.link, s.volume.Deliver, sched.Options{ChunkBytes: m.ChunkBytes})

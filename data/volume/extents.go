@@ -17,8 +17,8 @@ const (
 	fetchBatch = 256
 )
 
-// Extents tells state and kind chunk by chunk: zero chunks are holes, all
-// others data. Of untouched ones the source is asked, unless f has Local; those it
+// Extents tells state and kind chunk by chunk: zero chunks are holes, untouched
+// ones may be free, all others are data. Of untouched ones the source is asked, unless f has Local; those it
 // calls zero are zero from then on, so it is asked once.
 func (v *Volume) Extents(ctx context.Context, dst []block.Extent, off, n int64, f block.Flags) ([]block.Extent, error) {
 	if err := v.enter("volume.extents"); err != nil {
@@ -35,7 +35,11 @@ func (v *Volume) Extents(ctx context.Context, dst []block.Extent, off, n int64, 
 	for off < end && len(dst)-had < maxExtents {
 		i := off >> t.shift
 		cat, run := t.run(i, last)
-		if cat == catUntouched && i >= known && !f.Has(block.Local) && v.getRemote() != nil {
+		free := false
+		if cat == catUntouched {
+			free, run = t.markedRun(i, i+run)
+		}
+		if cat == catUntouched && !free && i >= known && !f.Has(block.Local) && v.getRemote() != nil {
 			next, err := v.ask(ctx, i, i+run, f)
 			if err != nil {
 				if len(dst) > had {
@@ -47,13 +51,16 @@ func (v *Volume) Extents(ctx context.Context, dst []block.Extent, off, n int64, 
 			continue
 		}
 		to := i + run
-		if cat == catUntouched && known > i {
+		if cat == catUntouched && !free && known > i {
 			to = min(to, known)
 		}
 		stop := min(end, to<<t.shift)
 		e := block.Extent{Off: off, Len: stop - off, Kind: block.Data, State: stateOf(cat)}
-		if cat == catZero {
+		switch {
+		case cat == catZero:
 			e.Kind = block.Hole
+		case free:
+			e.Kind = block.Free
 		}
 		dst = block.AppendExtent(dst, e)
 		off = stop
@@ -62,8 +69,8 @@ func (v *Volume) Extents(ctx context.Context, dst []block.Extent, off, n int64, 
 }
 
 // Survey asks the source about a long stretch from the given chunk on, makes
-// the chunks zero that are zeros or holes there, and returns the first chunk it
-// does not know more of: ask again from there until it is Chunks().
+// the chunks zero that are zeros or holes there, marks those that are free, and
+// returns the first chunk it does not know more of: ask again from there until it is Chunks().
 func (v *Volume) Survey(ctx context.Context, from int64) (next int64, err error) {
 	if err := v.enter("volume.survey"); err != nil {
 		return from, err
@@ -80,7 +87,8 @@ func (v *Volume) Survey(ctx context.Context, from int64) (next int64, err error)
 }
 
 // ask has the source describe the chunks [from, to), marks those that are
-// zeros, and returns the first that was not described, at least from+1.
+// zeros, with SkipFree those that are free in whole or beside zeros, and
+// returns the first that was not described, at least from+1.
 func (v *Volume) ask(ctx context.Context, from, to int64, f block.Flags) (next int64, err error) {
 	remote := v.getRemote()
 	if remote == nil {
@@ -88,19 +96,32 @@ func (v *Volume) ask(ctx context.Context, from, to int64, f block.Flags) (next i
 	}
 	t := v.table
 	at, end := from<<t.shift, min(to<<t.shift, t.size)
-	zeroFrom := int64(-1) // all from there to at is zeros
-	mark := func() {
-		if zeroFrom < 0 {
-			return
-		}
-		a := (zeroFrom + int64(t.chunkBytes()) - 1) >> t.shift
-		b := at >> t.shift
+	// All from there to at is zeros, or is zeros or free; -1: at is neither.
+	zeroFrom, idleFrom := int64(-1), int64(-1)
+	whole := func(from int64) (a, b int64) { // the chunks in [from, at)
+		a, b = (from+int64(t.chunkBytes())-1)>>t.shift, at>>t.shift
 		if at == t.size {
 			b = t.chunks
 		}
-		if a < b {
+		return a, b
+	}
+	markZero := func() {
+		if zeroFrom < 0 {
+			return
+		}
+		if a, b := whole(zeroFrom); a < b {
 			t.markZero(a, b, v.lockChunk)
 		}
+		zeroFrom = -1
+	}
+	markIdle := func() { // after the zeros: they are not marked
+		if idleFrom < 0 {
+			return
+		}
+		if a, b := whole(idleFrom); a < b && v.opt.SkipFree {
+			t.markFree(a, b)
+		}
+		idleFrom = -1
 	}
 	for next = from; next == from; {
 		exts, err := remote.Extents(ctx, nil, at, min(end-at, askBytes), f)
@@ -116,10 +137,14 @@ func (v *Volume) ask(ctx context.Context, from, to int64, f block.Flags) (next i
 					fmt.Errorf("the source described %d bytes at %d where %d was due", e.Len, e.Off, at))
 			}
 			if !e.Kind.Zero() {
-				mark()
-				zeroFrom = -1
+				markZero()
 			} else if zeroFrom < 0 {
 				zeroFrom = at
+			}
+			if !e.Kind.Zero() && e.Kind != block.Free {
+				markIdle()
+			} else if idleFrom < 0 {
+				idleFrom = at
 			}
 			at = e.End()
 		}
@@ -128,20 +153,22 @@ func (v *Volume) ask(ctx context.Context, from, to int64, f block.Flags) (next i
 			next = t.chunks
 		}
 	}
-	mark()
+	markZero()
+	markIdle()
 	return next, nil
 }
 
 // Absent appends to dst up to limit chunks, from the given one on in order,
-// that only the source has: neither held nor zero nor overwritten whole.
+// that only the source has and that are wanted: neither held nor zero nor free
+// nor overwritten whole.
 func (v *Volume) Absent(dst []int64, from int64, limit int) []int64 {
 	return v.table.absent(dst, max(from, 0), v.table.chunks, limit)
 }
 
-// Filled says whether nothing is left that only the source has.
+// Filled says whether nothing is left that only the source has and is wanted.
 func (v *Volume) Filled() bool {
 	c := v.table.stats()
-	return c.cat[catUntouched] == 0 && c.partial == 0
+	return c.cat[catUntouched] == c.free && c.partial == 0
 }
 
 // Fetch has those of the chunks brought that are still absent, and returns

@@ -208,7 +208,8 @@ type remote struct {
 	bySig   atomic.Bool   // deliver signatures first, as a source that takes everything to be here
 	delay   time.Duration // of each fetch
 	bundles func(i int, held func(chunk.Sig) bool) chunk.Packed
-	hold    chan struct{} // fetches wait for it, when set
+	hold    chan struct{}        // fetches wait for it, when set
+	free    func(off int64) bool // says which 4 KiB are free, when set
 
 	mu      sync.Mutex
 	fetches [][]int64
@@ -292,6 +293,8 @@ func (r *remote) Extents(_ context.Context, dst []block.Extent, off, n int64, _ 
 			if off%(8*grain) == 0 {
 				e.Kind = block.ZeroData
 			}
+		} else if r.free != nil && r.free(off) {
+			e.Kind = block.Free
 		}
 		dst = block.AppendExtent(dst, e)
 		off = stop
@@ -416,11 +419,16 @@ func consistent(t testing.TB, v *Volume) {
 			want.sectors += s.sectors
 		}
 	}
+	for i := range v.table.chunks {
+		if v.table.marked(i) {
+			want.free++
+		}
+	}
 	if got := v.table.stats(); got != want {
 		t.Fatalf("counted %+v, the map has %+v", got, want)
 	}
 	st := v.Stats()
-	if st.Untouched+st.Held+st.Zero+st.Modified != st.Chunks {
+	if st.Untouched+st.Free+st.Held+st.Zero+st.Modified != st.Chunks {
 		t.Fatalf("the states of %+v do not sum to its chunks", st)
 	}
 }

@@ -17,12 +17,13 @@ type counters struct {
 	logBytes                    atomic.Int64
 }
 
-// Stats is what a volume is and has done since it was opened. Untouched, Held,
-// Zero and Modified sum to Chunks.
+// Stats is what a volume is and has done since it was opened. Untouched, Free,
+// Held, Zero and Modified sum to Chunks.
 type Stats struct {
 	Chunks     int64 // chunks of the volume
 	ChunkBytes int   // bytes
-	Untouched  int64 // chunks only the source has
+	Untouched  int64 // chunks only the source has, without those that are Free
+	Free       int64 // chunks only the source has, whose file systems do not use them; see Options.SkipFree
 	Held       int64 // chunks kept here as they were at the source
 	Zero       int64 // chunks that read as zeros and take no space
 	Modified   int64 // chunks the workload wrote into
@@ -55,7 +56,7 @@ func (v *Volume) Stats() Stats {
 	n := &v.n
 	return Stats{
 		Chunks: v.table.chunks, ChunkBytes: v.opt.ChunkBytes,
-		Untouched: c.cat[catUntouched], Held: c.cat[catHeld], Zero: c.cat[catZero], Modified: c.cat[catModified],
+		Untouched: c.cat[catUntouched] - c.free, Free: c.free, Held: c.cat[catHeld], Zero: c.cat[catZero], Modified: c.cat[catModified],
 		PartlyAbsent: c.partial, OverlayBytes: c.sectors << sectorShift,
 		DemandReads: n.reads.Load(), DemandMissed: n.missed.Load(), AheadChunks: n.ahead.Load(),
 		Delivered: n.delivered.Load(), Adopted: n.adopted.Load(), Unknown: n.unknown.Load(), Refused: n.refused.Load(), Refetched: n.refetched.Load(), Corrupt: n.corrupt.Load(),

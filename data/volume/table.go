@@ -100,6 +100,7 @@ type counts struct {
 	cat     [4]int64 // by category
 	partial int64    // modified chunks of which the source still has sectors that are not here
 	sectors int64    // sectors the overlay has
+	free    int64    // untouched chunks that are marked as free
 }
 
 const (
@@ -135,7 +136,8 @@ func (c *counts) add(n uint8, by int64) {
 type table struct {
 	geometry
 	pages []atomic.Pointer[page]
-	zero  *page // all chunks zero; never changed
+	zero  *page                      // all chunks zero; never changed
+	free  []atomic.Pointer[freePage] // marks, see free.go
 
 	mu     sync.Mutex
 	counts counts
@@ -143,7 +145,8 @@ type table struct {
 }
 
 func newTable(g geometry) *table {
-	t := &table{geometry: g, pages: make([]atomic.Pointer[page], g.pages()), zero: new(page)}
+	t := &table{geometry: g, pages: make([]atomic.Pointer[page], g.pages()), zero: new(page),
+		free: make([]atomic.Pointer[freePage], g.pages())}
 	for i := range t.zero.state {
 		t.zero.state[i].Store(baseZero * 0x1111111111111111)
 	}
@@ -185,6 +188,9 @@ func (t *table) note(i int64, from, to uint8, sectors int64, base, mask bool) {
 	t.mu.Lock()
 	t.counts.add(from, -1)
 	t.counts.add(to, 1)
+	if from == baseUntouched {
+		t.unmark(i)
+	}
 	t.counts.sectors += sectors
 	t.dirty.chunk(i, base, mask)
 	t.mu.Unlock()
@@ -217,6 +223,7 @@ func (t *table) markZero(from, to int64, lock func(i int64) *sync.RWMutex) {
 		first := int64(pi) << pageShift
 		if from == first && to >= first+int64(n) && t.pages[pi].CompareAndSwap(nil, t.zero) {
 			t.mu.Lock()
+			t.unmarkPage(pi)
 			t.counts.cat[catUntouched] -= int64(n)
 			t.counts.cat[catZero] += int64(n)
 			t.dirty.page(pi, true, false)
@@ -265,6 +272,7 @@ func (t *table) zeroPage(pi int) *page {
 		gone = t.countPage(pi, old)
 	}
 	t.mu.Lock()
+	t.unmarkPage(pi)
 	for c := range gone.cat {
 		t.counts.cat[c] -= gone.cat[c]
 	}
@@ -317,12 +325,13 @@ func (t *table) run(i, limit int64) (cat int, n int64) {
 	return cat, at - i
 }
 
-// absent appends to dst up to limit of the chunks [from, to) that need the source.
+// absent appends to dst up to limit of the chunks [from, to) that need the
+// source, without those that are marked as free.
 func (t *table) absent(dst []int64, from, to int64, limit int) []int64 {
 	for want := len(dst) + limit; from < to && len(dst) < want; {
 		p := t.pages[from>>pageShift].Load()
 		c := int(from & (pageChunks - 1))
-		if p == t.zero {
+		if p == t.zero || p == nil && t.free[from>>pageShift].Load() == allFree {
 			from = (from>>pageShift + 1) << pageShift
 			continue
 		}
@@ -338,7 +347,9 @@ func (t *table) absent(dst []int64, from, to int64, limit int) []int64 {
 				continue
 			}
 		}
-		dst = append(dst, from)
+		if !t.marked(from) {
+			dst = append(dst, from)
+		}
 		from++
 	}
 	return dst

@@ -66,8 +66,11 @@ type Options struct {
 	Store      Store
 	Key        chunk.Key // of the dedup domain, whose signatures chunks come with
 	Tier       Tier      // nil for none
-	Log        *slog.Logger
-	Tune       Tuning
+	// SkipFree leaves chunks at the source that its file systems do not use:
+	// they are not absent, Extents calls them block.Free, and reading one still asks the source.
+	SkipFree bool
+	Log      *slog.Logger
+	Tune     Tuning
 }
 
 // Tuning are the figures of a volume that measurement decides. Zero values
