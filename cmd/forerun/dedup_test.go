@@ -156,3 +156,22 @@ func TestBoundedStore(t *testing.T) {
 	output(t, "nbdcopy", s.uri("a"), s.path("a.out"))
 	same(t, raw, s.path("a.out"))
 }
+
+// TestWhatAnotherBackendSent: what came from one backend need not come from
+// another, which is told of it as it arrives.
+func TestWhatAnotherBackendSent(t *testing.T) {
+	need(t, "nbdcopy")
+	s := newTwoBackends(t)
+	raw := s.disk("a.raw", 32*mib, 13)
+	output(t, "cp", raw, s.path("b.raw"))
+	s.startBackend("a=" + raw)
+	s.startSecond("b=" + s.path("b.raw"))
+	s.startFrontend([]string{"a", "b=" + s.addr2}, "--fill-paused", "--policy", "isolated")
+	s.fill("a", "resume")
+	a := s.awaitFilled("a")
+	b := s.awaitFilled("b") // nobody asks for it
+	if b.WAN.BackgroundBytes+b.WAN.DemandBytes > 0 || b.Dedup.Chunks != a.Chunks.Held {
+		t.Errorf("%+v, %+v", b.WAN, b.Dedup)
+	}
+	s.copied("b", raw)
+}
