@@ -9,6 +9,22 @@
 // holds after the last checkpoint, and can build the whole map from the packs
 // when it is missing or damaged. FORMAT.md has the bytes.
 //
+// # Regions
+//
+// A region is a chunk that was cut by its content (internal/chunk). Under its
+// signature lies its recipe, which lists pieces, and these are chunks like all
+// others: shared by regions, moved, swept and evicted one by one. What holds a
+// region together is checked when it is used: Get and Has of one that lacks a
+// piece find that it is not held, and forget it. Has true means that recipe and
+// pieces are all in the map, and a Sweep under way keeps them.
+//
+// # Bound
+//
+// With Options.LimitBytes the store is a cache: whole packs go, those first that
+// were read longest ago. It writes nothing for it, so a full disk is no hindrance, and a Put
+// that finds the disk full has packs go too. Whoever refers to chunks of a bounded
+// store must be able to fetch them again.
+//
 // # Invariants
 //
 //   - No wrong byte: every Get opens the chunk and verifies its signature.
@@ -52,11 +68,16 @@
 // # Locks, in this order
 //
 //	gate     held for reading by every call, for writing by Close
-//	maint    merges, Sweep, repair: who takes runs or packs away
-//	syncMu   syncs, checkpoints, the manifest
+//	maint    merges, Sweep, repair: who takes runs away or rewrites packs
+//	bundles  held for reading by PutBundle, for writing where a sweep begins
+//	flights  one Put of a signature at a time; that of a region before its pieces
+//	evictMu  one eviction at a time
+//	syncMu   syncs, checkpoints, the manifest; who takes packs away
 //	appendMu the end of the log: the active pack, the lists of unsynced packs
 //	mu       the map in memory, the version (list of runs), the table of packs
 //	fileMu   the cache of files open for reading
+//	notices  the queue for OnAdd and OnGone
 //
-// live, the callback of Sweep, is called without any but gate and maint.
+// live, the callback of Sweep, is called without any but gate and maint; that of Each,
+// OnAdd and OnGone without any.
 package store
