@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,7 +15,9 @@ import (
 
 func TestReport(t *testing.T) {
 	var out bytes.Buffer
+	var each bytes.Buffer
 	r := NewReport("test", &out)
+	r.Lines(&each)
 	r.Measure("a", 1, "s")
 	r.AtMost("b", 1.5, 1.5, "x")
 	r.AtLeast("c", 1, 0.9, "x")
@@ -31,6 +34,19 @@ func TestReport(t *testing.T) {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is missing in\n%s", want, out.String())
 		}
+	}
+	var names []string
+	for d := json.NewDecoder(&each); ; {
+		var x Result
+		if err := d.Decode(&x); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, fmt.Sprint(x.Name, x.OK))
+	}
+	if got, want := strings.Join(names, " "), "atrue btrue ctrue dtrue efalse broke offfalse"; got != want {
+		t.Errorf("as lines: %s", got)
 	}
 	path := filepath.Join(t.TempDir(), "r.jsonl")
 	for range 2 {

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"forerun/lab/netns"
@@ -229,13 +228,4 @@ func percentile(v []time.Duration, q float64) time.Duration {
 	}
 	v = slices.Sorted(slices.Values(v))
 	return v[min(len(v)-1, max(0, int(q*float64(len(v))+0.9999999)-1))]
-}
-
-// allocated is how many bytes the file takes on its disk.
-func allocated(path string) (int64, error) {
-	var st syscall.Stat_t
-	if err := syscall.Stat(path, &st); err != nil {
-		return 0, fmt.Errorf("stat %s: %w", path, err)
-	}
-	return st.Blocks * 512, nil
 }

@@ -40,18 +40,24 @@ func NewReport(scenario string, out io.Writer) *Report {
 	return &Report{Scenario: scenario, Started: time.Now(), out: out}
 }
 
-// Lines makes the report also write each result to w as one line of JSON, as it comes.
+// Lines makes the report also write each result to w as one line of JSON, as it
+// comes, and a last one when the scenario broke off.
 func (r *Report) Lines(w io.Writer) { r.lines = w }
+
+func (r *Report) line(x Result) {
+	if r.lines == nil {
+		return
+	}
+	if b, err := json.Marshal(x); err == nil {
+		r.lines.Write(append(b, '\n'))
+	}
+}
 
 func (r *Report) add(x Result) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.Results = append(r.Results, x)
-	if r.lines != nil {
-		if b, err := json.Marshal(x); err == nil {
-			r.lines.Write(append(b, '\n'))
-		}
-	}
+	r.line(x)
 	verdict := ""
 	if x.Bar != "" {
 		verdict = "  ok (" + x.Bar + ")"
@@ -121,6 +127,7 @@ func (r *Report) End(err error) {
 	r.Seconds = time.Since(r.Started).Seconds()
 	if err != nil {
 		r.Error = err.Error()
+		r.line(Result{Name: "broke off", Note: r.Error})
 	}
 	w := tabwriter.NewWriter(r.out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "\n%s, %.0f s\n", r.Scenario, r.Seconds)
