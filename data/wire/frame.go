@@ -58,6 +58,7 @@ const (
 	tRanges  frameType = 26
 
 	optional frameType = 0x80
+	tWish    frameType = 0x81
 )
 
 // flagMore on a RANGES frame: another one follows.
