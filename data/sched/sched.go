@@ -39,6 +39,8 @@ type Options struct {
 	MaxWindow int64
 	// Floor is how many background requests may always be under way (1).
 	Floor int
+	// Limiter bounds the background of several schedulers together; nil: nothing does.
+	Limiter *Limiter
 	// Ready says that the network keeps background from hurting demand: the
 	// window is MaxWindow.
 	Ready bool
@@ -255,7 +257,7 @@ func (s *Scheduler) mayBackground(now time.Time) bool {
 	if s.q.queued[rankSoon]+s.q.queued[rankSweep] == 0 {
 		return false
 	}
-	if d := s.rate.wait(now); d > 0 {
+	if d := max(s.rate.wait(now), s.opts.Limiter.wait(ClassBackground, now)); d > 0 {
 		s.wakeIn(d)
 		return false
 	}
@@ -298,6 +300,7 @@ func (s *Scheduler) send(now time.Time, batch []int64, r rank) {
 		s.bgRequests++
 		charge = int64(s.avg)
 		s.rate.take(now, charge*int64(len(batch)))
+		s.opts.Limiter.take(ClassBackground, now, charge*int64(len(batch)))
 	}
 	s.group.Go(func() { s.request(now, batch, r, bg, charge) })
 }
@@ -356,6 +359,7 @@ func (s *Scheduler) arrived(i int64, p chunk.Packed, wire, charge int64, err err
 	s.avg += (float64(wire) - s.avg) / 32
 	if class == block.Background {
 		s.rate.take(now, wire-charge)
+		s.opts.Limiter.take(ClassBackground, now, wire-charge)
 	} else {
 		s.lastDemand = now
 	}
