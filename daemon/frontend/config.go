@@ -14,6 +14,8 @@ import (
 	"forerun/api"
 	"forerun/data/export/nbd"
 	"forerun/data/replica"
+	"forerun/data/sched"
+	"forerun/data/wire"
 )
 
 // Defaults of Config, in bytes.
@@ -36,6 +38,15 @@ type Config struct {
 	ScratchBytes int64
 	// BackgroundConns is how many connections carry the background, 0 for the default.
 	BackgroundConns int
+	// QoS is api.QoSReady or api.QoSLess, the default.
+	QoS string
+	// BackendBackground and BackendWriteBack are where these classes go,
+	// HOST:PORT; empty: where the backend says.
+	BackendBackground, BackendWriteBack string
+	// Socket marks the packets of each class.
+	Socket wire.SocketOptions
+	// Limits bound background and write-back of all volumes together.
+	Limits sched.Limits
 	// FillPaused starts with the background transfer paused.
 	FillPaused bool
 	// FillLimit bounds the background transfer in bytes a second on the link, 0 for none.
@@ -141,6 +152,13 @@ func (c *Config) check() error {
 		if m.value == "" {
 			return fmt.Errorf("--%s is empty", m.flag)
 		}
+	}
+	switch c.QoS {
+	case "":
+		c.QoS = api.QoSLess
+	case api.QoSReady, api.QoSLess:
+	default:
+		return fmt.Errorf("--qos %q is not known: ready or less", c.QoS)
 	}
 	if err := c.checkPair(); err != nil {
 		return err

@@ -19,6 +19,7 @@ import (
 	"forerun/daemon"
 	"forerun/data/cache"
 	"forerun/data/export/nbd"
+	"forerun/data/sched"
 	"forerun/data/stack"
 	"forerun/data/store"
 	"forerun/data/wire"
@@ -51,6 +52,7 @@ type Frontend struct {
 	allOpen sync.Once // what serve and connect tell each other
 	rates   rates
 
+	qos      qos
 	pair     pair
 	base     context.Context               // of what Run started
 	work     sync.WaitGroup                // aborts under way
@@ -71,7 +73,7 @@ func New(cfg Config) (*Frontend, error) {
 		return nil, err
 	}
 	cfg.StateDir = dir
-	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{}, problems: map[string]string{},
+	return &Frontend{cfg: cfg, qos: qos{limiter: sched.NewLimiter(cfg.Limits)}, fs: disk.OS(), log: cfg.Log, volumes: map[string]*stack.Volume{}, problems: map[string]string{},
 		shippers: map[string]*writeback.Shipper{}, aborts: map[string]*abort{}, over: map[string]string{}}, nil
 }
 
@@ -235,6 +237,7 @@ func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 		ScratchDir: f.scratchDir(meta.Volume),
 		Store:      f.store, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
 		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit,
+		Limiter: f.qos.limiter, Ready: f.cfg.QoS == api.QoSReady,
 		Reserved: []string{f.cfg.StateDir}, OnSwitched: f.switched, Log: log,
 		Pair: f.stackPair(meta.Volume), Isolated: f.cfg.Policy == api.PolicyIsolated,
 	})
@@ -347,7 +350,7 @@ func (f *Frontend) setProblem(volume, text string) bool {
 func (f *Frontend) dial(ctx context.Context, clientTLS *tls.Config, first bool) (*wire.Client, error) {
 	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
 		c, err := wire.Dial(ctx, wire.ClientOptions{Addr: f.cfg.Backend, TLS: clientTLS, Node: f.cfg.Name,
-			BackgroundConns: f.cfg.BackgroundConns, Log: f.log})
+			BackgroundConns: f.cfg.BackgroundConns, BackgroundAddr: f.cfg.BackendBackground, Socket: f.cfg.Socket, Log: f.log})
 		if err == nil {
 			f.mu.Lock()
 			f.client = c
@@ -476,9 +479,10 @@ func (f *Frontend) List() []string { return f.cfg.Volumes }
 
 // Node is serve.Daemon.
 func (f *Frontend) Node() api.Node {
+	limits := f.limits()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return api.Node{Name: f.cfg.Name, Role: api.RoleFrontend, Version: version.String(),
+	return api.Node{QoS: f.cfg.QoS, Limits: &limits, Name: f.cfg.Name, Role: api.RoleFrontend, Version: version.String(),
 		UptimeS: int64(time.Since(f.started).Seconds()), Backend: f.cfg.Backend, Exports: f.uris,
 		Peer: f.cfg.Peer, Zone: f.cfg.Zone, Arbiter: f.arbiterAddr()}
 }

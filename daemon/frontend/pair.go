@@ -54,7 +54,11 @@ func (f *Frontend) openPair() error {
 		if err != nil {
 			return nil, err
 		}
-		return msg.NewClient(msg.ClientOptions{Addr: addr, Dial: msg.DialTLS(addr, proto, c), Up: up,
+		dial := msg.DialTLS(addr, proto, c)
+		if proto == msg.ProtoWriteBack {
+			dial = f.dialWriteBack(c)
+		}
+		return msg.NewClient(msg.ClientOptions{Addr: addr, Dial: dial, Up: up,
 			Conn: msg.Options{Idle: peerIdle, Log: f.log}, Log: f.log}), nil
 	}
 	var err error
@@ -324,23 +328,6 @@ func (f *Frontend) shipAll(ctx context.Context, late func()) error {
 		parts = append(parts, s.Run)
 	}
 	return daemon.Tree(ctx, parts...)
-}
-
-// paceFloor is the longest that a piece of write-back waits for demand: it is
-// below demand, and never starves.
-const paceFloor = 50 * time.Millisecond
-
-// pace holds a piece of write-back back while the workload waits for the link.
-// Fill needs no such rule: it comes the other way, and its requests are small.
-func (f *Frontend) pace(ctx context.Context, _ int) error {
-	const look = 5 * time.Millisecond
-	for waited := time.Duration(0); waited < paceFloor && f.demandWaits(); waited += look {
-		sleep(ctx, look)
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 func (f *Frontend) demandWaits() bool {

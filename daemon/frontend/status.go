@@ -89,6 +89,7 @@ func (f *Frontend) status(name string) api.Volume {
 	st := f.store.Stats()
 	s.StoreBytes = st.DiskBytes + st.MapBytes
 	s.Store = api.Store{Chunks: st.Chunks, PlainBytes: st.PlainBytes, Packs: int64(st.Packs), Corrupt: st.Corrupt}
+	s.Limits = f.limits().Now
 	s.Clients = int(f.nbd.Stats().Connections)
 	return s
 }
