@@ -15,6 +15,7 @@ const (
 	PathVolume  = "/v1/volumes/{volume}"
 	PathFill    = "/v1/volumes/{volume}/fill"
 	PathCutover = "/v1/volumes/{volume}/cutover"
+	PathLimits  = "/v1/limits"
 
 	PathAbort      = "/v1/volumes/{volume}/abort"
 	PathCheckpoint = "/v1/volumes/{volume}/checkpoint"
@@ -91,6 +92,56 @@ type Node struct {
 	Zone     string   `json:"zone,omitempty" doc:"where a frontend stands; its peer stands elsewhere"`
 	Arbiter  string   `json:"arbiter,omitempty" doc:"address of who decides which frontend is primary, where that is one for all volumes"`
 	Targets  []string `json:"targets,omitempty" doc:"NBD URIs that a proxy passes calls on to"`
+	QoS      string   `json:"qos,omitempty" enum:"ready,less" doc:"ready: the network keeps the classes apart; less: background makes room here"`
+	Limits   *Limits  `json:"limits,omitempty" doc:"limits of background and write-back, at a frontend"`
+	// ListenBackground and ListenWriteBack are extra ports of a backend.
+	ListenBackground string `json:"listen_background,omitempty" doc:"address a backend listens on for background"`
+	ListenWriteBack  string `json:"listen_writeback,omitempty" doc:"address a backend listens on for write-back"`
+}
+
+// QoS modes: Node.QoS.
+const (
+	QoSReady = "ready" // the network keeps the classes apart, by port or mark
+	QoSLess  = "less"  // it does not: background makes room by itself
+)
+
+// Limits bound background and write-back of all volumes of a node together.
+type Limits struct {
+	Rules []string     `json:"rules" doc:"as they were given: [CLASS][@HH:MM-HH:MM]=RATE"`
+	Now   []LimitInUse `json:"now" doc:"what is in force"`
+}
+
+// LimitInUse is the limit of a class now.
+type LimitInUse struct {
+	Class     string `json:"class" enum:"all,background,writeback" doc:"all: background and write-back together"`
+	RateBytes int64  `json:"rate_bytes" doc:"bytes a second, 0 for no limit"`
+	Rule      string `json:"rule,omitempty" doc:"the rule that says so"`
+	Until     string `json:"until,omitempty" doc:"when another rule holds, RFC 3339; empty: not foreseen"`
+}
+
+// LimitsRequest replaces the limits of a node until it is restarted.
+type LimitsRequest struct {
+	Rules []string `json:"rules" doc:"[CLASS][@HH:MM-HH:MM]=RATE; none for no limit"`
+}
+
+// Sending is how a backend sends and reads: the limits that background is
+// held to, and where it stands. It is of all volumes together.
+type Sending struct {
+	QoS                  string `json:"qos" enum:"ready,less"`
+	Queued               int64  `json:"queued" doc:"chunks asked for that wait to be read"`
+	QueuedBackground     int64  `json:"queued_background" doc:"background chunks among them"`
+	Reads                int64  `json:"reads" doc:"source reads under way"`
+	ReadsLimit           int64  `json:"reads_limit" doc:"source reads that may be under way"`
+	BackgroundReads      int64  `json:"background_reads" doc:"background reads under way"`
+	BackgroundReadsLimit int64  `json:"background_reads_limit" doc:"background reads that may be under way; less while a source is busy"`
+	BackgroundReadsFloor int64  `json:"background_reads_floor" doc:"background reads that always may"`
+	SourceReadUs         int64  `json:"source_read_us" doc:"what reads of the busiest source take, lately"`
+	SendQueueBytes       int64  `json:"send_queue_bytes" doc:"read and not yet sent"`
+	PaceBytes            int64  `json:"pace_bytes" doc:"bytes a second that background is sent with at most, with demand's; 0 when unknown"`
+	QueueUs              int64  `json:"queue_us" doc:"longest queue seen on the way to a frontend"`
+	QueueTargetUs        int64  `json:"queue_target_us" doc:"queue that is aimed at there"`
+	FloorUs              int64  `json:"floor_us" doc:"a background chunk waits no longer for demand, where the way carries sixteen times that"`
+	Yields               int64  `json:"yields" doc:"times background waited for demand or its pace"`
 }
 
 // Volume is everything status shows about one volume.
@@ -121,9 +172,11 @@ type Volume struct {
 	Writeback *Writeback `json:"writeback,omitempty" doc:"what becomes of the workload's changes at the source"`
 	Abort     *Abort     `json:"abort,omitempty" doc:"an abort under way or done"`
 	Failover  *Failover  `json:"failover,omitempty" doc:"at a proxy: which target serves"`
+	Sending   *Sending   `json:"sending,omitempty" doc:"at a backend: what is read and sent, of all volumes together"`
 	Clones    []string   `json:"clones,omitempty" doc:"at a backend: test clones that read the source"`
 
 	FileSystems []FileSystem `json:"file_systems,omitempty" doc:"at a backend: what was found on the source"`
+	Limits      []LimitInUse `json:"limits,omitempty" doc:"limits of the node that are in force"`
 
 	Warnings []string `json:"warnings,omitempty"`
 }
@@ -172,6 +225,9 @@ type Demand struct {
 	P50Us   int64 `json:"p50_us"`
 	P99Us   int64 `json:"p99_us"`
 	Joined  int64 `json:"joined" doc:"requests that found their chunk already asked for"`
+
+	InFlight      int64 `json:"in_flight" doc:"chunks asked for and not here yet"`
+	InFlightLimit int64 `json:"in_flight_limit" doc:"so many may be asked for at a time"`
 }
 
 // Fill is the background transfer.
@@ -184,6 +240,12 @@ type Fill struct {
 	ETAS           int64   `json:"eta_s" doc:"-1 when unknown"`
 	WindowBytes    int64   `json:"window_bytes" doc:"background bytes allowed in flight"`
 	InFlight       int64   `json:"in_flight" doc:"background chunks in flight"`
+	InFlightBytes  int64   `json:"in_flight_bytes" doc:"background bytes in flight, estimated; window_bytes is their limit"`
+	Requests       int64   `json:"requests" doc:"background requests under way"`
+	RequestsFloor  int64   `json:"requests_floor" doc:"so many may always be under way, whatever else is going on"`
+	Queued         int64   `json:"queued" doc:"background chunks that wait to be asked for"`
+	CursorChunk    int64   `json:"cursor_chunk" doc:"where the sweep stands in the volume"`
+	QueueDelayUs   int64   `json:"queue_delay_us" doc:"how much longer answers take than the fastest of late"`
 }
 
 // Store is the site's chunk store.

@@ -80,6 +80,51 @@ var families = []gauge{
 		func(v api.Volume) []sample { return one(float64(v.Fill.RemainingBytes)) }},
 	{"forerun_fill_window_bytes", "Background bytes allowed in flight.", prometheus.GaugeValue, nil,
 		func(v api.Volume) []sample { return one(float64(v.Fill.WindowBytes)) }},
+	{"forerun_fill_in_flight_bytes", "Background bytes in flight, estimated; bounded by the window.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Fill.InFlightBytes)) }},
+	{"forerun_fill_requests", "Background requests under way.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Fill.Requests)) }},
+	{"forerun_fill_requests_floor", "Background requests that may always be under way.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Fill.RequestsFloor)) }},
+	{"forerun_fill_cursor_chunk", "Where the sweep stands in the volume.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Fill.CursorChunk)) }},
+	{"forerun_demand_in_flight", "Demand chunks asked for and not here yet.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Demand.InFlight)) }},
+	{"forerun_demand_in_flight_limit", "Demand chunks that may be asked for at a time.", prometheus.GaugeValue, nil,
+		func(v api.Volume) []sample { return one(float64(v.Demand.InFlightLimit)) }},
+	{"forerun_backend_queue_chunks", "Chunks asked for that wait to be read.", prometheus.GaugeValue, []string{"class"},
+		sending(func(s *api.Sending) []sample {
+			return []sample{{float64(s.Queued - s.QueuedBackground), []string{"demand"}}, {float64(s.QueuedBackground), []string{"background"}}}
+		})},
+	{"forerun_backend_reads", "Source reads under way.", prometheus.GaugeValue, []string{"class"},
+		sending(func(s *api.Sending) []sample {
+			return []sample{{float64(s.Reads - s.BackgroundReads), []string{"demand"}}, {float64(s.BackgroundReads), []string{"background"}}}
+		})},
+	{"forerun_backend_reads_limit", "Source reads that may be under way.", prometheus.GaugeValue, []string{"class"},
+		sending(func(s *api.Sending) []sample {
+			return []sample{{float64(s.ReadsLimit), []string{"all"}}, {float64(s.BackgroundReadsLimit), []string{"background"}}}
+		})},
+	{"forerun_backend_background_reads_floor", "Background reads that always may be under way.", prometheus.GaugeValue, nil,
+		sending(func(s *api.Sending) []sample { return one(float64(s.BackgroundReadsFloor)) })},
+	{"forerun_backend_source_read_seconds", "What reads of the busiest source take, lately.", prometheus.GaugeValue, nil,
+		sending(func(s *api.Sending) []sample { return one(float64(s.SourceReadUs) * microsecond) })},
+	{"forerun_backend_send_queue_bytes", "Bytes read and not yet sent.", prometheus.GaugeValue, nil,
+		sending(func(s *api.Sending) []sample { return one(float64(s.SendQueueBytes)) })},
+	{"forerun_backend_pace_bytes", "Bytes a second that background is sent with at most; 0 when unknown.", prometheus.GaugeValue, nil,
+		sending(func(s *api.Sending) []sample { return one(float64(s.PaceBytes)) })},
+	{"forerun_backend_path_queue_seconds", "Queue seen on the way to a frontend.", prometheus.GaugeValue, nil,
+		sending(func(s *api.Sending) []sample { return one(float64(s.QueueUs) * microsecond) })},
+	{"forerun_backend_path_queue_target_seconds", "Queue that is aimed at on the way to a frontend.", prometheus.GaugeValue, nil,
+		sending(func(s *api.Sending) []sample { return one(float64(s.QueueTargetUs) * microsecond) })},
+	{"forerun_backend_yields_total", "Times background waited for demand or its pace.", prometheus.CounterValue, nil,
+		sending(func(s *api.Sending) []sample { return one(float64(s.Yields)) })},
+	{"forerun_limit_bytes", "Limit in force in bytes a second, 0 for none.", prometheus.GaugeValue, []string{"class"},
+		func(v api.Volume) (out []sample) {
+			for _, l := range v.Limits {
+				out = append(out, sample{float64(l.RateBytes), []string{l.Class}})
+			}
+			return out
+		}},
 	{"forerun_store_bytes", "Bytes the site's store takes.", prometheus.GaugeValue, nil,
 		func(v api.Volume) []sample { return one(float64(v.StoreBytes)) }},
 	{"forerun_dedup_chunks_total", "Chunks that came, or at a backend went, as a signature alone.", prometheus.CounterValue, nil,
@@ -153,7 +198,7 @@ var families = []gauge{
 		failover(func(f *api.Failover) []sample { return one(float64(f.LongestUs) * microsecond) })},
 }
 
-// replica, writeback and failover make samples of a part of the status that
+// replica, sending, writeback and failover make samples of a part of the status that
 // not every volume has.
 func replica(f func(*api.Replica) []sample) func(api.Volume) []sample {
 	return func(v api.Volume) []sample {
@@ -161,6 +206,15 @@ func replica(f func(*api.Replica) []sample) func(api.Volume) []sample {
 			return nil
 		}
 		return f(v.Replica)
+	}
+}
+
+func sending(f func(*api.Sending) []sample) func(api.Volume) []sample {
+	return func(v api.Volume) []sample {
+		if v.Sending == nil {
+			return nil
+		}
+		return f(v.Sending)
 	}
 }
 

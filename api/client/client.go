@@ -93,6 +93,12 @@ func (c *Client) Policy(ctx context.Context, name string, req api.PolicyRequest)
 	return v, c.do(ctx, http.MethodPost, path(api.PathPolicy, name), req, &v)
 }
 
+// Limits replaces the limits of the node and returns what is in force; no
+// rules remove them. They hold until the daemon is restarted.
+func (c *Client) Limits(ctx context.Context, req api.LimitsRequest) (l api.Limits, err error) {
+	return l, c.do(ctx, http.MethodPut, api.PathLimits, req, &l)
+}
+
 func path(pattern, volume string) string {
 	return strings.Replace(pattern, "{volume}", url.PathEscape(volume), 1)
 }

@@ -33,6 +33,12 @@ type Controller interface {
 	CancelCutover(ctx context.Context, volume string) error
 }
 
+// Limiter is a Controller that holds the background of its node to limits.
+type Limiter interface {
+	// SetLimits replaces them at once; KindInvalid for a rule that is none.
+	SetLimits(ctx context.Context, req api.LimitsRequest) (api.Limits, error)
+}
+
 // PairController is what a daemon can be told to do with a volume that two
 // frontends hold and whose changes go back to the source. Each method answers
 // KindNotFound for an unknown volume and KindUnsupported for what this daemon
@@ -127,7 +133,9 @@ type (
 		Volume string `path:"volume"`
 		Body   api.FailoverRequest
 	}
-	policyIn struct {
+	limitsIn  struct{ Body api.LimitsRequest }
+	limitsOut struct{ Body api.Limits }
+	policyIn  struct {
 		Volume string `path:"volume"`
 		Body   api.PolicyRequest
 	}
@@ -182,6 +190,12 @@ func Handler(d Daemon, c Controller, version string, metrics http.Handler, pair 
 	})
 	if c == nil {
 		c = noOrders{}
+	}
+	if l, ok := c.(Limiter); ok {
+		huma.Put(h, api.PathLimits, func(ctx context.Context, in *limitsIn) (*limitsOut, error) {
+			out, err := l.SetLimits(ctx, in.Body)
+			return &limitsOut{out}, status(err)
+		})
 	}
 	huma.Post(h, api.PathFill, func(ctx context.Context, in *fillIn) (*volumeOut, error) {
 		return answer(in.Volume, c.Fill(ctx, in.Volume, in.Body))

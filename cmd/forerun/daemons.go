@@ -6,10 +6,13 @@ import (
 	"log/slog"
 	"time"
 
+	"forerun/api"
 	"forerun/daemon"
 	"forerun/daemon/backend"
 	"forerun/daemon/frontend"
 	"forerun/data/replica"
+	"forerun/data/sched"
+	"forerun/data/wire"
 
 	"github.com/spf13/cobra"
 )
@@ -26,6 +29,15 @@ func (l *logFlags) add(cmd *cobra.Command) {
 }
 
 func (l *logFlags) logger() (*slog.Logger, error) { return daemon.Logger(l.format, l.debug) }
+
+// qosFlags are what both daemons know about the network's part in keeping
+// classes apart.
+type qosFlags struct{ dscp string }
+
+func (q *qosFlags) add(cmd *cobra.Command, mode *string) {
+	cmd.Flags().StringVar(mode, "qos", api.QoSLess, "ready: the network keeps the classes apart, by port or mark; less: it does not, and background makes room here")
+	cmd.Flags().StringVar(&q.dscp, "dscp", wire.DefaultDSCP, "marks of packets by class, names or numbers; none for no marks")
+}
 
 // clean turns the end that a signal asked for into success.
 func clean(ctx context.Context, err error) error {
@@ -47,6 +59,7 @@ func backendCommand() *cobra.Command {
 	var (
 		cfg     backend.Config
 		logs    logFlags
+		qos     qosFlags
 		volumes []string
 
 		sizes, chunking []string
@@ -72,6 +85,9 @@ func backendCommand() *cobra.Command {
 			if cfg.Log, err = logs.logger(); err != nil {
 				return err
 			}
+			if err := cfg.Socket.SetDSCP(qos.dscp); err != nil {
+				return err
+			}
 			b, err := backend.New(cfg)
 			if err != nil {
 				return err
@@ -84,6 +100,9 @@ func backendCommand() *cobra.Command {
 	f.StringVar(&cfg.Name, "name", "", "name of this node, as in its certificate")
 	f.StringVar(&cfg.StateDir, "state", "", "directory of this daemon's state and API socket")
 	f.StringVar(&cfg.Listen, "listen", "", "HOST:PORT that frontends connect to")
+	f.StringVar(&cfg.ListenBackground, "listen-background", "", "HOST:PORT for background, besides --listen, for networks that know classes by their port")
+	f.StringVar(&cfg.ListenWriteBack, "listen-writeback", "", "HOST:PORT for write-back, besides --listen")
+	qos.add(cmd, &cfg.QoS)
 	f.StringArrayVar(&volumes, "volume", nil, "NAME=SOURCE; may be given again")
 	f.BoolVar(&cfg.ReadOnly, "read-only", false, "never change a source: nothing is written back")
 	f.StringArrayVar(&sizes, "chunk", nil, "[NAME=]BYTES: chunk size of all volumes or of one, a power of two from 16384 to 1048576; may be given again (default 65536)")
@@ -98,6 +117,8 @@ func frontendCommand() *cobra.Command {
 	var (
 		cfg    frontend.Config
 		logs   logFlags
+		qos    qosFlags
+		limits []string
 		onLoss string
 		groups []string
 
@@ -117,6 +138,12 @@ func frontendCommand() *cobra.Command {
 				return err
 			}
 			if cfg.OnPeerLoss, err = replica.ParsePolicy(onLoss); err != nil {
+				return err
+			}
+			if err := cfg.Socket.SetDSCP(qos.dscp); err != nil {
+				return err
+			}
+			if cfg.Limits, err = sched.ParseLimits(limits); err != nil {
 				return err
 			}
 			cfg.Backends = map[string]string{}
@@ -162,7 +189,11 @@ func frontendCommand() *cobra.Command {
 	f.StringArrayVar(&cfg.Exports, "export", nil, "NBD URI to listen on; may be given again")
 	f.Int64Var(&cfg.MemoryBytes, "memory", frontend.DefaultMemoryBytes, "memory tier of all volumes together, bytes")
 	f.Int64Var(&cfg.ScratchBytes, "scratch", frontend.DefaultScratchBytes, "scratch tier of each volume, bytes; 0 for none")
-	f.IntVar(&cfg.BackgroundConns, "background-connections", 0, "connections for the background; 0 for the default")
+	f.IntVar(&cfg.BackgroundConns, "background-connections", 0, "connections for the background; 0: two, and more as they are needed")
+	f.StringVar(&cfg.BackendBackground, "backend-background", "", "HOST:PORT of the backend for background; default what the backend says")
+	f.StringVar(&cfg.BackendWriteBack, "backend-writeback", "", "HOST:PORT of the backend for write-back; default what the backend says")
+	qos.add(cmd, &cfg.QoS)
+	f.StringArrayVar(&limits, "limit", nil, "[CLASS][@HH:MM-HH:MM]=RATE: limit of background and write-back (or of the class background or writeback) of all volumes together, as in 20mbit or background@08:00-18:00=20mbit; may be given again")
 	f.BoolVar(&cfg.FillPaused, "fill-paused", false, "begin with the background transfer paused")
 	f.Int64Var(&cfg.StoreLimit, "store-limit", 0, "most bytes of chunks kept on disk, for each dedup domain; what was read least lately is dropped and fetched again when needed; 0 for no limit")
 	f.StringArrayVar(&domains, "domain", nil, "VOLUME=DOMAIN: keep the volume's chunks apart from those of other domains, under a key of their own; may be given again")

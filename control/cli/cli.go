@@ -15,7 +15,7 @@ import (
 
 // Commands returns the commands that speak to a running daemon.
 func Commands() []*cobra.Command {
-	return []*cobra.Command{statusCommand(), fillCommand(), cutoverCommand(), abortCommand(),
+	return []*cobra.Command{statusCommand(), fillCommand(), limitCommand(), cutoverCommand(), abortCommand(),
 		checkpointCommand(), discardCommand(), failoverCommand(), policyCommand()}
 }
 

@@ -35,7 +35,14 @@ type Config struct {
 	Name     string // the node's, as in its certificate
 	StateDir string
 	Listen   string // HOST:PORT
-	Volumes  []Volume
+	// ListenBackground and ListenWriteBack are more ports, for networks that
+	// tell classes by their port; frontends learn them. Empty for none.
+	ListenBackground, ListenWriteBack string
+	// QoS is api.QoSReady or api.QoSLess, the default.
+	QoS string
+	// Socket marks the packets of each class.
+	Socket  wire.SocketOptions
+	Volumes []Volume
 	// ChunkBytes is the chunk size of volumes that name none, 0 for
 	// chunk.DefaultSize. Content has chunks cut into pieces by content where a
 	// volume does not say.
@@ -80,7 +87,9 @@ type Backend struct {
 	open    map[string]*served // set before anything reads it
 	names   []string
 	server  *wire.Server
-	addr    string
+	addr    string // listened on; set before anything reads them
+	bgAddr  string
+	wbAddr  string
 	home    home
 	mu      sync.Mutex
 }
@@ -106,6 +115,13 @@ func New(cfg Config) (*Backend, error) {
 		if m.value == "" {
 			return nil, fmt.Errorf("--%s is empty", m.flag)
 		}
+	}
+	switch cfg.QoS {
+	case "":
+		cfg.QoS = api.QoSLess
+	case api.QoSReady, api.QoSLess:
+	default:
+		return nil, fmt.Errorf("--qos %q is not known: ready or less", cfg.QoS)
 	}
 	if cfg.ChunkBytes == 0 {
 		cfg.ChunkBytes = chunk.DefaultSize
@@ -156,13 +172,37 @@ func (b *Backend) Run(ctx context.Context) (err error) {
 	if err := b.home.receiver.Recover(ctx); err != nil {
 		return err
 	}
-	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", b.cfg.Listen)
-	if err != nil {
-		return block.E("listen", b.cfg.Listen, block.KindNone, err)
+	var lns []net.Listener
+	defer func() {
+		for _, ln := range lns {
+			ln.Close()
+		}
+	}()
+	listen := func(addr string, at *string) (port uint16, err error) {
+		if addr == "" {
+			return 0, nil
+		}
+		ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+		if err != nil {
+			return 0, block.E("listen", addr, block.KindNone, err)
+		}
+		lns = append(lns, ln)
+		*at = ln.Addr().String()
+		return uint16(ln.Addr().(*net.TCPAddr).Port), nil
 	}
-	defer ln.Close()
-	b.addr = ln.Addr().String()
-	server, err := wire.NewServer(wire.ServerOptions{TLS: tlsConfig, Log: log, Node: b.cfg.Name, Lookup: b.lookup, Also: b.also()})
+	if _, err := listen(b.cfg.Listen, &b.addr); err != nil {
+		return err
+	}
+	bgPort, err := listen(b.cfg.ListenBackground, &b.bgAddr)
+	if err != nil {
+		return err
+	}
+	wbPort, err := listen(b.cfg.ListenWriteBack, &b.wbAddr)
+	if err != nil {
+		return err
+	}
+	server, err := wire.NewServer(wire.ServerOptions{TLS: tlsConfig, Log: log, Node: b.cfg.Name, Lookup: b.lookup, Also: b.also(),
+		Ready: b.cfg.QoS == api.QoSReady, BackgroundPort: bgPort, WriteBackPort: wbPort, Socket: b.cfg.Socket})
 	if err != nil {
 		return err
 	}
@@ -171,11 +211,11 @@ func (b *Backend) Run(ctx context.Context) (err error) {
 	log.Info("backend serves", "listen", b.addr, "volumes", b.names, "version", version.String())
 	daemon.Ready(log, "serving on "+b.addr)
 	defer daemon.Stopping()
-	return daemon.Tree(ctx,
-		func(ctx context.Context) error { return b.server.Serve(ctx, ln) },
-		b.learn,
-		func(ctx context.Context) error { return serve.Run(ctx, b.cfg.StateDir, handler) },
-	)
+	parts := []func(context.Context) error{b.learn, func(ctx context.Context) error { return serve.Run(ctx, b.cfg.StateDir, handler) }}
+	for _, ln := range lns {
+		parts = append(parts, func(ctx context.Context) error { return b.server.Serve(ctx, ln) })
+	}
+	return daemon.Tree(ctx, parts...)
 }
 
 // socketDir is where the private sockets of supervised programs are.
@@ -265,7 +305,8 @@ func (b *Backend) unknown(volume string) error {
 // Node is serve.Daemon.
 func (b *Backend) Node() api.Node {
 	return api.Node{Name: b.cfg.Name, Role: api.RoleBackend, Version: version.String(),
-		UptimeS: int64(time.Since(b.started).Seconds()), Listen: b.addr}
+		UptimeS: int64(time.Since(b.started).Seconds()), Listen: b.addr,
+		QoS: b.cfg.QoS, ListenBackground: b.bgAddr, ListenWriteBack: b.wbAddr}
 }
 
 // Volumes is serve.Daemon.
@@ -300,6 +341,14 @@ func (b *Backend) status(s *served) api.Volume {
 			ReceivedBytes: st.ReceivedBytes, Connected: st.Sessions > 0},
 		Fill: api.Fill{State: "stopped", ETAS: -1}, Cutover: api.Cutover{State: "idle"},
 	}
+	v.Sending = &api.Sending{QoS: b.cfg.QoS,
+		Queued: int64(st.Queued), QueuedBackground: int64(st.QueuedBackground),
+		Reads: int64(st.DemandReads + st.BackgroundReads), ReadsLimit: int64(st.Workers),
+		BackgroundReads: int64(st.BackgroundReads), BackgroundReadsLimit: int64(st.BackgroundReadsLimit),
+		BackgroundReadsFloor: int64(st.BackgroundReadsFloor), SourceReadUs: st.SourceDelay.Microseconds(),
+		SendQueueBytes: st.SendQueueBytes, PaceBytes: st.PaceBytes,
+		QueueUs: st.PaceDelay.Microseconds(), QueueTargetUs: st.PaceTarget.Microseconds(),
+		FloorUs: st.FloorInterval.Microseconds(), Yields: st.Yielded}
 	if why := b.sourceAway(s.spec.Name); why != "" {
 		v.Waiting = "the source does not answer: " + why
 	}

@@ -17,6 +17,9 @@ type backendLink struct {
 	back    *msg.Client // takes changes back
 	arbiter *msg.Client // decides which node is primary; nil without a peer, one for all with Config.Arbiter
 	rates   rates
+	sender  sender
+
+	background, writeback string // HOST:PORT of these classes, empty: where the backend says
 
 	client  *wire.Client      // guarded by Frontend.mu: nil until it has answered
 	problem string            // guarded by Frontend.mu: why it cannot be used
@@ -47,7 +50,11 @@ func newLinks(c *Config) []*backendLink {
 		addr := c.backendOf(v)
 		i := slices.IndexFunc(links, func(b *backendLink) bool { return b.addr == addr })
 		if i < 0 {
-			i, links = len(links), append(links, &backendLink{addr: addr})
+			b := &backendLink{addr: addr}
+			if addr == c.Backend {
+				b.background, b.writeback = c.BackendBackground, c.BackendWriteBack
+			}
+			i, links = len(links), append(links, b)
 		}
 		links[i].volumes = append(links[i].volumes, v)
 	}

@@ -15,6 +15,8 @@ import (
 	"forerun/api"
 	"forerun/data/export/nbd"
 	"forerun/data/replica"
+	"forerun/data/sched"
+	"forerun/data/wire"
 )
 
 // Defaults of Config, in bytes.
@@ -46,6 +48,15 @@ type Config struct {
 	// StoreLimit bounds each domain's store in bytes, 0 for no bound. What was
 	// read least lately is dropped, and fetched again when it is needed.
 	StoreLimit int64
+	// QoS is api.QoSReady or api.QoSLess, the default.
+	QoS string
+	// BackendBackground and BackendWriteBack are where these classes go,
+	// HOST:PORT; empty: where the backend says.
+	BackendBackground, BackendWriteBack string
+	// Socket marks the packets of each class.
+	Socket wire.SocketOptions
+	// Limits bound background and write-back of all volumes together.
+	Limits sched.Limits
 	// FillPaused starts with the background transfer paused.
 	FillPaused bool
 	// FillLimit bounds the background transfer in bytes a second on the link, 0 for none.
@@ -216,6 +227,13 @@ func (c *Config) check() error {
 	}
 	if err := c.checkBackends(); err != nil {
 		return err
+	}
+	switch c.QoS {
+	case "":
+		c.QoS = api.QoSLess
+	case api.QoSReady, api.QoSLess:
+	default:
+		return fmt.Errorf("--qos %q is not known: ready or less", c.QoS)
 	}
 	if err := c.checkPair(); err != nil {
 		return err

@@ -20,6 +20,7 @@ import (
 	"forerun/daemon"
 	"forerun/data/cache"
 	"forerun/data/export/nbd"
+	"forerun/data/sched"
 	"forerun/data/stack"
 	"forerun/data/wire"
 	"forerun/data/writeback"
@@ -51,6 +52,7 @@ type Frontend struct {
 
 	begun begun // what serve and connect tell each other
 
+	limiter  *sched.Limiter // of background and write-back, of all volumes
 	pair     pair
 	base     context.Context               // of what Run started
 	work     sync.WaitGroup                // aborts under way
@@ -71,7 +73,7 @@ func New(cfg Config) (*Frontend, error) {
 		return nil, err
 	}
 	cfg.StateDir = dir
-	return &Frontend{cfg: cfg, fs: disk.OS(), log: cfg.Log, links: newLinks(&cfg), volumes: map[string]*stack.Volume{}, problems: map[string]string{}, stranded: map[string]stranded{},
+	return &Frontend{cfg: cfg, limiter: sched.NewLimiter(cfg.Limits), fs: disk.OS(), log: cfg.Log, links: newLinks(&cfg), volumes: map[string]*stack.Volume{}, problems: map[string]string{}, stranded: map[string]stranded{},
 		begun: begun{some: make(chan struct{}), all: make(chan struct{})}, shippers: map[string]*writeback.Shipper{}, aborts: map[string]*abort{}, over: map[string]string{}}, nil
 }
 
@@ -293,6 +295,7 @@ func (f *Frontend) openVolume(ctx context.Context, meta stack.Meta) error {
 		ScratchDir: f.scratchDir(meta.Volume),
 		Store:      d.store, Key: d.key, Memory: f.memory, ScratchBytes: f.cfg.ScratchBytes,
 		FillPaused: f.cfg.FillPaused, FillLimit: f.cfg.FillLimit, Hold: d.full(f.cfg.StoreLimit), SkipFree: f.cfg.SkipFree,
+		Limiter: f.limiter, Ready: f.cfg.QoS == api.QoSReady,
 		Reserved: []string{f.cfg.StateDir}, OnSwitched: func() { f.leave(f.link(meta.Volume)) }, Log: log,
 		Pair: f.stackPair(meta.Volume), Isolated: f.cfg.Policy == api.PolicyIsolated,
 	})
@@ -372,7 +375,7 @@ func (f *Frontend) setProblem(volume, text string) bool {
 func (f *Frontend) dial(ctx context.Context, clientTLS *tls.Config, b *backendLink) (*wire.Client, error) {
 	for wait := 100 * time.Millisecond; f.needs(b); wait = min(2*wait, 2*time.Second) {
 		c, err := wire.Dial(ctx, wire.ClientOptions{Addr: b.addr, TLS: clientTLS, Node: f.cfg.Name,
-			BackgroundConns: f.cfg.BackgroundConns, Log: f.log})
+			BackgroundConns: f.cfg.BackgroundConns, BackgroundAddr: b.background, Socket: f.cfg.Socket, Log: f.log})
 		if err == nil {
 			f.mu.Lock()
 			b.client, b.problem = c, ""
@@ -487,9 +490,10 @@ func (f *Frontend) List() []string { return f.cfg.Volumes }
 
 // Node is serve.Daemon.
 func (f *Frontend) Node() api.Node {
+	limits := f.limits()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return api.Node{Name: f.cfg.Name, Role: api.RoleFrontend, Version: version.String(),
+	return api.Node{QoS: f.cfg.QoS, Limits: &limits, Name: f.cfg.Name, Role: api.RoleFrontend, Version: version.String(),
 		UptimeS: int64(time.Since(f.started).Seconds()), Backend: f.links[0].addr, Backends: f.addresses(), Exports: f.uris,
 		Peer: f.cfg.Peer, Zone: f.cfg.Zone, Arbiter: f.arbiterAddr()}
 }

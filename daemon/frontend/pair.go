@@ -48,17 +48,21 @@ type about struct {
 // openPair makes the clients of the peer, and of the backends and arbiters;
 // runPair dials.
 func (f *Frontend) openPair() error {
-	client := func(addr, proto string, role pki.Role, up func(bool)) (*msg.Client, error) {
+	client := func(addr, proto string, role pki.Role, up func(bool), to *backendLink) (*msg.Client, error) {
 		c, err := pki.ClientTLS(f.cfg.PKI, f.cfg.Name, role)
 		if err != nil {
 			return nil, err
 		}
-		return msg.NewClient(msg.ClientOptions{Addr: addr, Dial: msg.DialTLS(addr, proto, c), Up: up,
+		dial := msg.DialTLS(addr, proto, c)
+		if to != nil {
+			dial = f.dialWriteBack(to, c)
+		}
+		return msg.NewClient(msg.ClientOptions{Addr: addr, Dial: dial, Up: up,
 			Conn: msg.Options{Idle: peerIdle, Log: f.log}, Log: f.log}), nil
 	}
 	var err error
 	for i, b := range f.links {
-		if b.back, err = client(b.addr, msg.ProtoWriteBack, pki.RoleBackend, nil); err != nil {
+		if b.back, err = client(b.addr, msg.ProtoWriteBack, pki.RoleBackend, nil, b); err != nil {
 			return err
 		}
 		addr := b.addr
@@ -71,17 +75,17 @@ func (f *Frontend) openPair() error {
 		case f.cfg.Arbiter != "":
 			addr = f.cfg.Arbiter
 		}
-		if b.arbiter, err = client(addr, msg.ProtoArbiter, pki.RoleBackend, nil); err != nil {
+		if b.arbiter, err = client(addr, msg.ProtoArbiter, pki.RoleBackend, nil, nil); err != nil {
 			return err
 		}
 	}
 	if f.cfg.Peer == "" {
 		return nil
 	}
-	if f.pair.peer, err = client(f.cfg.Peer, msg.ProtoPeer, pki.RoleFrontend, f.peerUp); err != nil {
+	if f.pair.peer, err = client(f.cfg.Peer, msg.ProtoPeer, pki.RoleFrontend, f.peerUp, nil); err != nil {
 		return err
 	}
-	if f.pair.forward, err = client(f.cfg.Peer, msg.ProtoPeer, pki.RoleFrontend, nil); err != nil {
+	if f.pair.forward, err = client(f.cfg.Peer, msg.ProtoPeer, pki.RoleFrontend, nil, nil); err != nil {
 		return err
 	}
 	serverTLS, err := pki.ServerTLS(f.cfg.PKI, f.cfg.Name, pki.RoleFrontend)
@@ -345,7 +349,7 @@ func (f *Frontend) shipAll(ctx context.Context, late func()) error {
 		b := f.link(g.volumes[0])
 		s, err := writeback.NewShipper(writeback.ShipperOptions{Group: g.name, Volumes: in, Backend: b.back,
 			Interval: f.cfg.CheckpointInterval, MaxBytes: f.cfg.CheckpointBytes, Log: f.log,
-			Pace: func(ctx context.Context, _ int) error { return f.pace(ctx, b) }})
+			Pace: func(ctx context.Context, n int) error { return f.pace(ctx, b, n) }})
 		if err != nil {
 			return err
 		}
@@ -357,23 +361,6 @@ func (f *Frontend) shipAll(ctx context.Context, late func()) error {
 		parts = append(parts, s.Run)
 	}
 	return daemon.Tree(ctx, parts...)
-}
-
-// paceFloor is the longest that a piece of write-back waits for demand: it is
-// below demand, and never starves.
-const paceFloor = 50 * time.Millisecond
-
-// pace holds a piece of write-back back while the workload waits for the link.
-// Fill needs no such rule: it comes the other way, and its requests are small.
-func (f *Frontend) pace(ctx context.Context, to *backendLink) error {
-	const look = 5 * time.Millisecond
-	for waited := time.Duration(0); waited < paceFloor && f.demandWaits(to); waited += look {
-		sleep(ctx, look)
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // demandWaits says whether the workload waits for what the line may bring: not

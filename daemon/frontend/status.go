@@ -102,6 +102,7 @@ func (f *Frontend) status(name string) api.Volume {
 	s.StoreBytes = st.DiskBytes + st.MapBytes
 	s.Dedup.Domain, s.Dedup.EvictedBytes, s.Dedup.LimitBytes = d.name, st.EvictedBytes, f.cfg.StoreLimit
 	s.Store = api.Store{Chunks: st.Chunks, PlainBytes: st.PlainBytes, Packs: int64(st.Packs), Corrupt: st.Corrupt}
+	s.Limits = f.limits().Now
 	s.Clients = int(f.nbd.Stats().Connections)
 	return s
 }

@@ -37,7 +37,18 @@ type Options struct {
 	Target time.Duration
 	// MaxWindow bounds background wire bytes in flight (64 MiB).
 	MaxWindow int64
+	// Floor is how many background requests may always be under way (1).
+	Floor int
+	// Limiter bounds the background of several schedulers together; nil: nothing does.
+	Limiter *Limiter
+	// Ready says that the network keeps background from hurting demand: the
+	// window is MaxWindow.
+	Ready bool
 }
+
+// pacedTarget is the queueing that is aimed at when it waits at the far end,
+// where demand overtakes it: enough to keep that end busy.
+const pacedTarget = 100 * time.Millisecond
 
 // attempts bounds how often a chunk that arrives damaged is asked for again.
 const attempts = 4
@@ -107,6 +118,7 @@ func New(link Link, sink func(i int64, p chunk.Packed) error, o Options) *Schedu
 	}
 	def(&o.DemandChunks, 256)
 	def(&o.BatchChunks, 8)
+	def(&o.Floor, 1)
 	def(&o.ChunkBytes, chunk.DefaultSize)
 	if o.Target <= 0 {
 		o.Target = 25 * time.Millisecond
@@ -116,7 +128,11 @@ func New(link Link, sink func(i int64, p chunk.Packed) error, o Options) *Schedu
 	}
 	s := &Scheduler{link: link, sink: sink, opts: o, q: NewQueue(), flights: map[int64]*flight{},
 		avg: float64(o.ChunkBytes) / 2}
-	s.window = NewWindow(WindowOptions{Min: int64(o.BatchChunks * o.ChunkBytes), Max: o.MaxWindow, Target: o.Target})
+	least := min(int64(2*o.ChunkBytes), o.MaxWindow)
+	if o.Ready {
+		least = o.MaxWindow
+	}
+	s.window = NewWindow(WindowOptions{Min: least, Max: o.MaxWindow, Target: o.Target})
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
@@ -244,11 +260,11 @@ func (s *Scheduler) mayBackground(now time.Time) bool {
 	if s.q.queued[rankSoon]+s.q.queued[rankSweep] == 0 {
 		return false
 	}
-	if d := s.rate.wait(now); d > 0 {
+	if d := max(s.rate.wait(now), s.opts.Limiter.wait(ClassBackground, now)); d > 0 {
 		s.wakeIn(d)
 		return false
 	}
-	if s.bgRequests == 0 {
+	if s.bgRequests < s.opts.Floor {
 		return true // never starved
 	}
 	return s.inFlight() < s.window.Bytes()
@@ -287,6 +303,7 @@ func (s *Scheduler) send(now time.Time, batch []int64, r rank) {
 		s.bgRequests++
 		charge = int64(s.avg)
 		s.rate.take(now, charge*int64(len(batch)))
+		s.opts.Limiter.take(ClassBackground, now, charge*int64(len(batch)))
 	}
 	f := r.flags()
 	for _, i := range batch {
@@ -351,6 +368,7 @@ func (s *Scheduler) arrived(i int64, p chunk.Packed, wire, charge int64, err err
 	s.avg += (float64(wire) - s.avg) / 32
 	if class == block.Background {
 		s.rate.take(now, wire-charge)
+		s.opts.Limiter.take(ClassBackground, now, wire-charge)
 	} else {
 		s.lastDemand = now
 	}
@@ -411,6 +429,17 @@ func (s *Scheduler) Resume() {
 	defer s.mu.Unlock()
 	s.paused = false
 	s.dispatch(time.Now())
+}
+
+// SetPaced says whether the far end bounds the queue on the way itself. What
+// is asked for ahead waits there then, and is overtaken by demand.
+func (s *Scheduler) SetPaced(paced bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.window.opts.Target = s.opts.Target
+	if paced {
+		s.window.opts.Target = max(s.opts.Target, pacedTarget)
+	}
 }
 
 // SetBackgroundRate limits background bytes a second on the link, live; 0 for no limit.

@@ -13,6 +13,8 @@ type Stats struct {
 	DemandLimit                          int // chunks that may be in flight
 	WindowBytes                          int64
 	InFlightBytes                        int64 // background, estimated
+	BackgroundRequests                   int   // under way
+	BackgroundFloor                      int   // so many may always be
 	Delay, BaseDelay                     time.Duration
 	RateBytes                            int64 // limit a second, 0 for none
 	Paused                               bool
@@ -38,6 +40,8 @@ func (s *Scheduler) Stats() Stats {
 		DemandLimit:        s.opts.DemandChunks,
 		WindowBytes:        s.window.Bytes(),
 		InFlightBytes:      s.inFlight(),
+		BackgroundRequests: s.bgRequests,
+		BackgroundFloor:    s.opts.Floor,
 		Delay:              s.window.Delay(),
 		BaseDelay:          s.window.Base(),
 		RateBytes:          int64(s.rate.rate),

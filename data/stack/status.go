@@ -57,7 +57,10 @@ func (src *sourceSide) status(s *api.Volume) {
 	s.Dedup.Chunks, s.Dedup.Repairs = vs.Adopted, qs.Repaired
 	remaining := s.Chunks.Absent * s.ChunkBytes
 	s.Fill = api.Fill{State: string(fs.State), Reason: fs.Reason, RateBytes: fs.RateBytes, LimitBytes: fs.Limit,
-		RemainingBytes: remaining, ETAS: -1, WindowBytes: qs.WindowBytes, InFlight: int64(qs.BackgroundInFlight)}
+		RemainingBytes: remaining, ETAS: -1, WindowBytes: qs.WindowBytes, InFlight: int64(qs.BackgroundInFlight),
+		InFlightBytes: qs.InFlightBytes, Requests: int64(qs.BackgroundRequests), RequestsFloor: int64(qs.BackgroundFloor),
+		Queued: int64(qs.BackgroundQueued), CursorChunk: fs.Cursor, QueueDelayUs: qs.Delay.Microseconds()}
+	s.Demand.InFlight, s.Demand.InFlightLimit = int64(qs.DemandInFlight), int64(qs.DemandLimit)
 	if eta := fs.ETA(remaining); eta >= 0 {
 		s.Fill.ETAS = int64(eta.Seconds())
 	}

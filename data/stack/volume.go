@@ -41,6 +41,10 @@ type Options struct {
 	FillLimit int64 // bytes a second on the link, 0 for none
 	// SkipFree leaves at the source what its file systems do not use.
 	SkipFree bool
+	// Limiter bounds the background of all volumes of the node; nil: nothing does.
+	Limiter *sched.Limiter
+	// Ready says that the network keeps background from hurting demand.
+	Ready bool
 	// Reserved are files and directories that a cut-over must not write to.
 	Reserved []string
 	// OnSwitched is called, if set, when the native target has become primary
@@ -232,7 +236,7 @@ func openSource(m Meta, o Options) (s *sourceSide, err error) {
 		Store: o.Store, Key: o.Key, Tier: s.cache, SkipFree: o.SkipFree, Log: o.Log}); err != nil {
 		return s, err
 	}
-	s.sched = sched.New(s.link, s.volume.Deliver, sched.Options{ChunkBytes: m.ChunkBytes})
+	s.sched = sched.New(s.link, s.volume.Deliver, sched.Options{ChunkBytes: m.ChunkBytes, Limiter: o.Limiter, Ready: o.Ready})
 	s.volume.SetRemote(remote{s.sched, s.link})
 	if s.tracker, err = converge.OpenTracker(o.FS, path.Join(o.Dir, marksName), block.NewChecked("map "+m.Volume, s.volume),
 		converge.TrackerOptions{BootID: bootID(), Log: o.Log}); err != nil {
@@ -307,6 +311,7 @@ func (v *Volume) Attach(r *wire.Remote) error {
 	if err := v.meta.checkChange(r); err != nil {
 		return err
 	}
+	v.source.sched.SetPaced(r.Paced())
 	v.source.link.attach(r)
 	r.Announce(v.source.volume)
 	return nil

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -24,9 +25,15 @@ type ClientOptions struct {
 	// Without ServerName the host of Addr is taken.
 	TLS  *tls.Config
 	Node string // this frontend's name, told to the server for its log
-	// BackgroundConns is the number of background connections, default 2, at most 16.
+	// BackgroundConns is the number of background connections, at most 16.
+	// Default are 2, and more, up to 16, as the backend wishes for when they do
+	// not fill the way to it.
 	BackgroundConns int
-	Log             *slog.Logger // changes of state; none if nil
+	// BackgroundAddr is where background connections go, host:port; empty is the
+	// port that the backend names, at the host of Addr. Every other attempt at
+	// a named port that does not answer goes to Addr.
+	BackgroundAddr string
+	Log            *slog.Logger // changes of state; none if nil
 	// Dial makes a connection, default net.Dialer's DialContext.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 	// Ping is the interval of pings, default 1 s. A connection without a byte
@@ -53,11 +60,13 @@ type Client struct {
 	leases leases
 	asking chan struct{} // one token per EXTENTS under way
 	count  traffic
+	grows  bool // more background connections are made when the backend wishes for them
 
 	mu         sync.Mutex
 	q          queue   // chunks wanted and not asked for
 	scratch    []*item // pump's
 	slots      []*link // the living connections, demand first; nil: down
+	ports      welcome // what the backend said last of its ports
 	remotes    map[uint16]*Remote
 	sites      map[*Site]*siteOf
 	opens      map[uint64]opening
@@ -87,7 +96,8 @@ func Dial(ctx context.Context, o ClientOptions) (*Client, error) {
 	case len(o.Node) > maxName:
 		return bad("a node name of %d bytes", len(o.Node))
 	}
-	def(&o.BackgroundConns, 2)
+	grows := o.BackgroundConns == 0
+	def(&o.BackgroundConns, firstBackground)
 	def(&o.Ping, time.Second)
 	def(&o.Dead, 5*time.Second)
 	def(&o.DialTimeout, 3*time.Second)
@@ -99,7 +109,7 @@ func Dial(ctx context.Context, o ClientOptions) (*Client, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	c := &Client{o: o, log: o.Log, slots: make([]*link, 1+o.BackgroundConns), asking: make(chan struct{}, 32),
+	c := &Client{o: o, log: o.Log, grows: grows, slots: make([]*link, 1+o.BackgroundConns), asking: make(chan struct{}, 32),
 		remotes: map[uint16]*Remote{}, sites: map[*Site]*siteOf{}, opens: map[uint64]opening{}, asides: map[uint64]*aside{}}
 	rand.Read(c.id[:]) // never fails, see its documentation
 	c.tls = o.TLS.Clone()
@@ -110,7 +120,7 @@ func Dial(ctx context.Context, o ClientOptions) (*Client, error) {
 		c.tls.ServerName = host
 	}
 	c.stats.Since = time.Now()
-	l, err := c.connect(ctx, 0)
+	l, err := c.connect(ctx, 0, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -120,6 +130,52 @@ func Dial(ctx context.Context, o ClientOptions) (*Client, error) {
 		c.wg.Go(func() { c.keep(1+i, nil) })
 	}
 	return c, nil
+}
+
+// grow makes background connections until there are n.
+func (c *Client) grow(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.grows || c.closed {
+		return
+	}
+	for len(c.slots) < 1+min(n, maxBackground) {
+		slot := len(c.slots)
+		c.slots = append(c.slots, nil)
+		c.wg.Go(func() { c.keep(slot, nil) })
+	}
+}
+
+// BackgroundAddr is where background connections go, and WriteBackAddr where
+// the backend wants write-back, host:port.
+func (c *Client) BackgroundAddr() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return cmp.Or(c.o.BackgroundAddr, c.at(c.ports.backgroundPort))
+}
+
+// WriteBackAddr: see BackgroundAddr.
+func (c *Client) WriteBackAddr() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.at(c.ports.writeBackPort)
+}
+
+// at is the backend's host with another port; 0: with the one of Addr.
+func (c *Client) at(port uint16) string {
+	host, _, err := net.SplitHostPort(c.o.Addr)
+	if port == 0 || err != nil {
+		return c.o.Addr
+	}
+	return net.JoinHostPort(host, strconv.Itoa(int(port)))
+}
+
+// Paced says whether the backend bounds the queue on the way itself, so that
+// what is asked for ahead waits there and not in the network.
+func (c *Client) Paced() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ports.paced
 }
 
 // Close ends the session: what is under way fails with KindClosed. It waits
@@ -179,6 +235,7 @@ func (c *Client) Stats() ClientStats {
 			st.BackgroundOutstanding += l.outstanding
 		}
 	}
+	st.BackgroundConns = len(c.slots) - 1
 	st.DemandQueued, st.BackgroundQueued = c.q.waiting(0, 2), c.q.waiting(2, numLevels)
 	return st
 }

@@ -63,6 +63,7 @@ const (
 	tHeard   frameType = 31
 
 	optional frameType = 0x80
+	tWish    frameType = 0x81
 )
 
 const (

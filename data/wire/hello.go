@@ -41,6 +41,9 @@ func (r connRole) String() string {
 // maxBackground is the most background connections of one session.
 const maxBackground = 16
 
+// firstBackground is how many a session begins with.
+const firstBackground = 2
+
 type sessionID [16]byte
 
 // hello is what the client says first.

@@ -75,16 +75,20 @@ func unavailable(addr string, err error) error {
 	return &block.Error{Op: "wire.dial", Object: addr, Kind: block.KindUnavailable, Err: err}
 }
 
-// connect makes one connection, up to the welcome.
-func (c *Client) connect(ctx context.Context, slot int) (*link, error) {
+// connect makes one connection, up to the welcome. try counts the attempts.
+func (c *Client) connect(ctx context.Context, slot, try int) (*link, error) {
 	dctx, cancel := context.WithTimeout(ctx, c.o.DialTimeout)
 	defer cancel()
-	nc, err := c.o.Dial(dctx, "tcp", c.o.Addr)
+	addr := c.o.Addr
+	if slot > 0 && try%2 == 0 {
+		addr = c.BackgroundAddr()
+	}
+	nc, err := c.o.Dial(dctx, "tcp", addr)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, block.E("wire.dial", c.o.Addr, block.KindCanceled, ctx.Err())
 		}
-		return nil, unavailable(c.o.Addr, fmt.Errorf("the backend cannot be reached: %w", err))
+		return nil, unavailable(addr, fmt.Errorf("the backend cannot be reached: %w", err))
 	}
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
 	l, err := c.greet(ctx, nc, slot)
@@ -130,6 +134,9 @@ func (c *Client) greet(ctx context.Context, nc net.Conn, slot int) (*link, error
 	}
 	nc.SetDeadline(time.Time{})
 	pr.idle = c.o.Dead
+	c.mu.Lock()
+	c.ports = w
+	c.mu.Unlock()
 	l.credit, l.server, l.ping = int(min(w.credit, 1<<20)), w.node, c.o.Ping
 	if w.idle > 0 {
 		l.ping = max(min(l.ping, w.idle/4), 10*time.Millisecond)
@@ -143,6 +150,7 @@ func (c *Client) keep(slot int, l *link) {
 	var (
 		up      bool // it was there once
 		backoff time.Duration
+		try     int
 		failing time.Time // since when, zero: it is not
 		told    time.Time
 	)
@@ -150,7 +158,8 @@ func (c *Client) keep(slot int, l *link) {
 	for c.ctx.Err() == nil {
 		if l == nil {
 			var err error
-			if l, err = c.connect(c.ctx, slot); err != nil {
+			if l, err = c.connect(c.ctx, slot, try); err != nil {
+				try++
 				if c.ctx.Err() != nil {
 					return
 				}
@@ -170,7 +179,7 @@ func (c *Client) keep(slot int, l *link) {
 				continue
 			}
 		}
-		failing, told = time.Time{}, time.Time{}
+		failing, told, try = time.Time{}, time.Time{}, 0
 		c.log.Info("link up", "addr", c.o.Addr, "carries", what, "backend", l.server)
 		began := time.Now()
 		err := l.run(up)
@@ -401,6 +410,10 @@ func (l *link) read() error {
 			l.credit = int(min(max(binary.BigEndian.Uint32(p), 1), 1<<20))
 			l.c.pump()
 			l.c.mu.Unlock()
+		case tWish:
+			if len(p) == 1 {
+				l.c.grow(int(p[0]))
+			}
 		case tVolume:
 			err = l.volume(h, p)
 		case tRanges:

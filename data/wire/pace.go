@@ -23,6 +23,7 @@ type pacer struct {
 	last    time.Time
 	demand  time.Time // when demand was last sent
 	limited bool      // background waited for tokens since the last step
+	waited  time.Time // when it did last
 
 	sampled time.Time
 	base    [paceSpans]time.Duration // least round trip of each span
@@ -245,7 +246,7 @@ func (p *pacer) wait(now time.Time) time.Duration {
 	if p.tokens >= 0 {
 		return 0
 	}
-	p.limited = true
+	p.limited, p.waited = true, now
 	return max(time.Duration(-p.tokens/p.rate*float64(time.Second)), 100*time.Microsecond)
 }
 
@@ -274,8 +275,39 @@ func (p *pacer) quantum() int {
 // pacing is a session's pacer and what feeds it. Server.mu guards it.
 type pacing struct {
 	pace    pacer
-	paced   bool  // the kernel tells what the pacer needs to know
-	arrived int64 // bytes acknowledged on all connections so far
+	paced   bool      // the kernel tells what the pacer needs to know
+	arrived int64     // bytes acknowledged on all connections so far
+	behind  time.Time // since when the connections take less than the pace allows
+}
+
+// wishAfter is how long connections must be the limit before more are wished
+// for, and how long the new ones have to show what they can.
+const wishAfter = 2 * time.Second
+
+// wish says how many background connections there should be, 0 for as many as
+// there are. When each has much to send, the pace allows it and there is no
+// queue, then the connections' windows are what limits: the kernel's buffers
+// on a long way, or losses. More connections are more windows.
+func (ss *session) wish(now time.Time) int {
+	n, full := 0, true
+	for _, c := range ss.conns[1:] {
+		if c != nil {
+			n++
+			full = full && c.inflight >= budgetBackground/16
+		}
+	}
+	if !full || n == 0 || ss.pace.above > 0 || now.Sub(ss.pace.waited) < ss.pace.horizon() {
+		ss.behind = time.Time{}
+		return 0
+	}
+	if ss.behind.IsZero() {
+		ss.behind = now
+	}
+	if n >= maxBackground || now.Sub(ss.behind) < wishAfter {
+		return 0
+	}
+	ss.behind = now
+	return min(n+(n+1)/2, maxBackground)
 }
 
 // look feeds the pacer, if it is time.
@@ -300,6 +332,9 @@ func (ss *session) look(now time.Time) {
 		}
 	}
 	ss.pace.sample(now, rtt, ss.arrived)
+	if n, d := ss.wish(now), ss.conns[0]; n > 0 && d != nil {
+		d.sayLocked(appendFrame(nil, header{typ: tWish}, []byte{byte(n)}))
+	}
 	for _, c := range ss.conns[1:] {
 		if c != nil && c.tcp != nil {
 			c.tcp.limit(ss.pace.rate * 1.25)

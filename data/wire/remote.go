@@ -271,6 +271,9 @@ func (r *Remote) Info() block.Info {
 // can go back to it.
 func (r *Remote) SourceReadOnly() bool { return r.fixed }
 
+// Paced is Client.Paced.
+func (r *Remote) Paced() bool { return r.c.Paced() }
+
 // ChunkBytes is the size of a chunk. The last one may be shorter.
 func (r *Remote) ChunkBytes() int { return r.v.chunk }
 

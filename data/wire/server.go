@@ -309,11 +309,11 @@ func (s *Server) greet(ctx context.Context, wg *sync.WaitGroup, nc net.Conn) (c 
 		return nil, nil, &block.Error{Op: "wire.handshake", Kind: block.KindDenied, Err: errors.New("the client showed no certificate")}
 	}
 	if take := s.o.Also[cs.NegotiatedProtocol]; take != nil {
-		class := roleDemand
+		class := block.Demand
 		if cs.NegotiatedProtocol == msg.ProtoWriteBack {
-			class = roleBackground // bulk, for those who look at the mark of a packet
+			class = block.WriteBack
 		}
-		s.o.Socket.apply(nc, class)
+		s.o.Socket.Apply(nc, class)
 		nc.SetDeadline(time.Time{})
 		role, name := pki.PeerIdentity(cs)
 		return nil, func(ctx context.Context) { take(ctx, tc, role, name) }, nil

@@ -11,12 +11,14 @@ import (
 
 // ClientStats is the state of a session as its client sees it.
 type ClientStats struct {
-	Up         bool          // the demand connection is there
-	Since      time.Time     // Up is as it is since then
-	Reconnects int64         // connections that were made again
-	Conns      int           // connections that are there
-	RTTMin     time.Duration // of the demand connection, 0 before the first pong
-	RTT        time.Duration // smoothed as in RFC 6298
+	Up         bool      // the demand connection is there
+	Since      time.Time // Up is as it is since then
+	Reconnects int64     // connections that were made again
+	Conns      int       // connections that are there
+	// BackgroundConns is how many background connections there should be.
+	BackgroundConns int
+	RTTMin          time.Duration // of the demand connection, 0 before the first pong
+	RTT             time.Duration // smoothed as in RFC 6298
 	// SentBytes and ReceivedBytes are what crossed the link, below TLS, without
 	// what TCP and IP add.
 	SentBytes, ReceivedBytes int64
