@@ -29,16 +29,22 @@ func (s *Store) evictIfOver() {
 }
 
 func (s *Store) evictOver() {
-	for s.over(0) && s.evict() {
+	s.evictMu.Lock() // two who see the same excess must not both remove it
+	defer s.evictMu.Unlock()
+	for s.over(0) && s.evictLocked() {
 	}
 }
 
-// evict removes the pack that was read longest ago. It is false when there is
-// none to remove: the active one stays, those that are being read, and those
-// with a sync that failed.
 func (s *Store) evict() bool {
 	s.evictMu.Lock()
 	defer s.evictMu.Unlock()
+	return s.evictLocked()
+}
+
+// evictLocked removes the pack that was read longest ago. It is false when there is
+// none to remove: the active one stays, those that are being read, and those
+// with a sync that failed. It wants evictMu held.
+func (s *Store) evictLocked() bool {
 	p := s.coldest()
 	if p == nil {
 		return false
