@@ -98,7 +98,8 @@ const peerRounds = 3
 type linkBench struct {
 	*stage
 	o    LinkOptions
-	runs int // for names
+	runs int    // for names
+	cc   string // TCP congestion control of the sites, once it is known
 }
 
 // point is one line.
@@ -160,6 +161,15 @@ func (b *linkBench) over(p point, rep int, f func() error) (err error) {
 		err = errors.Join(err, b.line.Close())
 		b.line = nil
 	}()
+	if b.cc == "" {
+		// The file shows the namespace of the program that opens it.
+		out, err := b.line.Source.Command(b.ctx, "cat", "/proc/sys/net/ipv4/tcp_congestion_control").Output()
+		if err != nil {
+			return fmt.Errorf("ask for the congestion control: %w", err)
+		}
+		b.cc = strings.TrimSpace(string(out))
+		b.Say("TCP congestion control: %s", b.cc)
+	}
 	return f()
 }
 
