@@ -53,12 +53,7 @@ func (f *Frontend) dialWriteBack(cfg *tls.Config) func(context.Context) (net.Con
 	return func(ctx context.Context) (net.Conn, error) {
 		addr := f.cfg.Backend
 		if f.qos.tries.Add(1)%2 == 1 {
-			f.mu.Lock()
-			if f.client != nil {
-				addr = f.client.WriteBackAddr()
-			}
-			f.mu.Unlock()
-			addr = cmp.Or(f.cfg.BackendWriteBack, addr)
+			addr = cmp.Or(f.cfg.BackendWriteBack, f.namedWriteBack(ctx), addr)
 		}
 		nc, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 		if err != nil {
@@ -75,6 +70,21 @@ func (f *Frontend) dialWriteBack(cfg *tls.Config) func(context.Context) (net.Con
 		}
 		return tc, nil
 	}
+}
+
+// namedWriteBack is what the backend said, empty when it has said nothing yet.
+// It is asked when the daemon starts, at the same time as this.
+func (f *Frontend) namedWriteBack(ctx context.Context) string {
+	for range 20 {
+		f.mu.Lock()
+		c := f.client
+		f.mu.Unlock()
+		if c != nil {
+			return c.WriteBackAddr()
+		}
+		sleep(ctx, 50*time.Millisecond)
+	}
+	return ""
 }
 
 // paceFloor is the longest that a piece of write-back waits for demand: it is
