@@ -52,10 +52,7 @@ func (f *Frontend) dialWriteBack(b *backendLink, cfg *tls.Config) func(context.C
 	return func(ctx context.Context) (net.Conn, error) {
 		addr := b.addr
 		if b.sender.tries.Add(1)%2 == 1 {
-			if c := f.session(b); c != nil {
-				addr = c.WriteBackAddr()
-			}
-			addr = cmp.Or(b.writeback, addr)
+			addr = cmp.Or(b.writeback, f.namedWriteBack(ctx, b), addr)
 		}
 		nc, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 		if err != nil {
@@ -72,6 +69,18 @@ func (f *Frontend) dialWriteBack(b *backendLink, cfg *tls.Config) func(context.C
 		}
 		return tc, nil
 	}
+}
+
+// namedWriteBack is what the backend said, empty when it has said nothing yet.
+// It is asked when the daemon starts, at the same time as this.
+func (f *Frontend) namedWriteBack(ctx context.Context, b *backendLink) string {
+	for range 20 {
+		if c := f.session(b); c != nil {
+			return c.WriteBackAddr()
+		}
+		sleep(ctx, 50*time.Millisecond)
+	}
+	return ""
 }
 
 // paceFloor is the longest that a piece of write-back waits for demand: it is

@@ -13,10 +13,13 @@
 //     with Soon), read-ahead before the sweep; inside each, first come first
 //     served, but for neighbours that ride along in one request.
 //   - Demand in flight is bounded by Options.DemandChunks, background by the
-//     window; one background request may always be under way, so that it never
-//     starves.
+//     window and the limits; Options.Floor background requests may always be
+//     under way, so that it never starves, but for a limit.
 //   - Every delivered chunk is handed to the sink once, before anybody who
 //     waited for it goes on.
 //
-// Lock order: Scheduler.mu alone; the link and the sink are called without it.
+// Limits are the rules of a site by class and time of day, pure as well;
+// Limiter applies them to all schedulers of a node together.
+//
+// Lock order: Scheduler.mu, then Limiter.mu; the link and the sink are called without it.
 package sched

@@ -12,7 +12,7 @@ import (
 	"forerun/internal/chunk"
 )
 
-// TestFloorThroughAnHourOfDemand: 64 readers take all a line of 1 Mbit/s has,
+// TestFloorThroughAnHourOfDemand: 20 readers take all a line of 1 Mbit/s has,
 // for an hour, and a window of nothing is left to background. Its floor is.
 func TestFloorThroughAnHourOfDemand(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -24,7 +24,7 @@ func TestFloorThroughAnHourOfDemand(t *testing.T) {
 		var g sync.WaitGroup
 		defer func() { cancel(); g.Wait() }()
 		var back atomic.Int64
-		for k := range int64(64) {
+		for k := range int64(20) {
 			g.Go(func() {
 				for i := k << 32; ctx.Err() == nil; i++ {
 					s.Fetch(ctx, []int64{i}, block.Demand)

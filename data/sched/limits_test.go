@@ -2,6 +2,7 @@ package sched
 
 import (
 	"context"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -113,19 +114,19 @@ func TestOneLimitForAll(t *testing.T) {
 			defer vols[k].Close()
 			go vols[k].Fetch(ctx, run(int64(k)<<32, 5000), block.Background)
 		}
-		back := 0
+		var back atomic.Int64
 		wctx, stop := context.WithCancel(ctx)
 		go func() {
 			for x.Wait(wctx, ClassWriteBack, 10_000) == nil {
-				back += 10_000
+				back.Add(10_000)
 			}
 		}()
 		time.Sleep(5 * time.Second) // the first guess of a chunk's size is put right
 		synctest.Wait()
-		sent, wrote := l.total(), back
+		sent, wrote := l.total(), back.Load()
 		time.Sleep(20 * time.Second)
 		synctest.Wait()
-		fill, home := float64(l.total()-sent)/20, float64(back-wrote)/20
+		fill, home := float64(l.total()-sent)/20, float64(back.Load()-wrote)/20
 		if home < 125e3 || home > 260e3 || fill+home < 900e3 || fill+home > 1.05e6 {
 			t.Errorf("fill %.0f and write-back %.0f bytes/s of 1000000 together, 250000 for write-back", fill, home)
 		}

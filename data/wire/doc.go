@@ -12,6 +12,15 @@
 // connection has a budget of bytes between queue and socket; a peer that does
 // not read stops its own jobs and nobody else's. While demand is under way the
 // background senders wait, though never longer than a floor allows.
+// How fast they go otherwise says the session's pacer (pace.go), from what the
+// kernel measures: the link full, its queue a few milliseconds. A source that is
+// busy elsewhere is noticed too (load.go). Both are pure, and are played
+// against a path and a disk in arithmetic.
+//
+// Five rules keep background from hurting demand where the network does not:
+// the pace of the server, the client's window (package sched), the bound on
+// source reads, the order of the queues, and a floor for background in each.
+// With ServerOptions.Ready they are left to the network.
 //
 // What the client's site holds need not cross (site.go, holdings.go): the
 // client tells the 40-bit marks of its signatures, the server answers by
