@@ -115,8 +115,8 @@ func TestContents(t *testing.T) {
 	if r := packs(t, made(half, 1)); r < 0.49 || r > 0.55 {
 		t.Errorf("half packs to %v", r)
 	}
-	if r := packs(t, text(rand.New(rand.NewPCG(1, 1)), 1<<20)); r < 0.3 || r > 0.42 {
-		t.Errorf("text packs to %v", r)
+	if r := packs(t, text(rand.New(rand.NewPCG(1, 1)), demandChunk)); r < 0.3 || r > 0.42 {
+		t.Errorf("a chunk of text packs to %v", r)
 	}
 	for _, f := range []func(io.Writer, uint64, int64) error{noise, half} {
 		p := made(f, 1)
