@@ -23,7 +23,6 @@ type pacer struct {
 	last    time.Time
 	demand  time.Time // when demand was last sent
 	limited bool      // background waited for tokens since the last step
-	waited  time.Time // when it did last
 
 	sampled time.Time
 	base    [paceSpans]time.Duration // least round trip of each span
@@ -246,7 +245,7 @@ func (p *pacer) wait(now time.Time) time.Duration {
 	if p.tokens >= 0 {
 		return 0
 	}
-	p.limited, p.waited = true, now
+	p.limited = true
 	return max(time.Duration(-p.tokens/p.rate*float64(time.Second)), 100*time.Microsecond)
 }
 
@@ -293,10 +292,10 @@ func (ss *session) wish(now time.Time) int {
 	for _, c := range ss.conns[1:] {
 		if c != nil {
 			n++
-			full = full && c.inflight >= budgetBackground/16
+			full = full && (c.unsent >= MaxPayload || len(c.out) > 1)
 		}
 	}
-	if !full || n == 0 || ss.pace.above > 0 || now.Sub(ss.pace.waited) < ss.pace.horizon() {
+	if !full || n == 0 || ss.pace.above > 0 || ss.pace.best[ss.pace.newest] > 0.75*ss.pace.rate {
 		ss.behind = time.Time{}
 		return 0
 	}
@@ -325,7 +324,7 @@ func (ss *session) look(now time.Time) {
 			continue
 		}
 		n := t.arrived - c.arrived
-		c.arrived = t.arrived
+		c.arrived, c.unsent = t.arrived, t.unsent
 		ss.arrived += n
 		if i > 0 && n > 0 && (rtt == 0 || t.rtt < rtt) {
 			rtt = t.rtt
@@ -353,4 +352,5 @@ func (ss *session) spend(n int, demand bool) {
 type tcpState struct {
 	rtt     time.Duration // smoothed
 	arrived int64         // bytes that the peer has, also out of order
+	unsent  int           // bytes in the kernel that its window does not let go
 }

@@ -75,6 +75,7 @@ type sconn struct {
 	pongDue     bool
 	pong        uint64
 	tcp         *tcpSocket // nil: the kernel does not tell
+	unsent      int        // as tcp said last
 	arrived     int64      // bytes acknowledged, of what tcp said last
 	leaving     bool       // close when ctrl is written
 	dead        bool

@@ -62,7 +62,7 @@ func (t *tcpSocket) info() (s tcpState, ok bool) {
 	}
 	t.arrived += int64(i.Delivered-t.delivered) * int64(i.Snd_mss)
 	t.delivered = i.Delivered
-	return tcpState{rtt: time.Duration(i.Rtt) * time.Microsecond, arrived: t.arrived}, true
+	return tcpState{rtt: time.Duration(i.Rtt) * time.Microsecond, arrived: t.arrived, unsent: int(i.Notsent_bytes)}, true
 }
 
 // limit bounds the rate at which the kernel sends, so that what is written at
