@@ -13,13 +13,15 @@ import (
 // a goroutine, but for the two results, which are read without a lock.
 //
 // Each background chunk that was packed is a sample: how long it took, what
-// it became, whether its connection had others ready (then the link is behind)
-// and, if not, whether it had to wait for a processor. After a quarter of a
-// second it decides:
+// it became, and whether its connection had others ready. How much of the time
+// all places for packing were taken tells whether packing is what limits:
+// chunks that wait for a place or come when nothing else is ready tell little,
+// since they are asked for, and read, by the dozen. After a quarter of a second
+// it decides:
 //
-//   - Chunks often come late because they waited for a processor, or packing
-//     takes more than cores processors: one level down. The level that was left
-//     is not tried again for a while, longer each time.
+//   - The places for packing are taken nearly all the time and the link is not
+//     full, or packing takes more than cores processors: one level down. The level that was left is not
+//     tried again for a while, longer each time.
 //   - Else, if the next level would keep fewer than cores busy at the rate at
 //     which packed bytes leave now: one level up.
 //
@@ -33,8 +35,8 @@ type chooser struct {
 
 	began  time.Time // of the samples
 	n      int
-	late   int // waited for a processor, and the connection had nothing to send
-	behind int // the connection had others to send
+	held   time.Duration // at began; see sample
+	behind int           // the connection had others to send
 	plain  int64
 	packed int64
 	took   time.Duration
@@ -47,17 +49,20 @@ type chooser struct {
 
 // sample is one background chunk that was packed.
 type sample struct {
-	plain, packed  int
-	took           time.Duration // of a processor, signing and packing
-	behind, waited bool
+	plain, packed int
+	took          time.Duration // of a processor, signing and packing
+	held          time.Duration // that places for packing were taken, of all sessions and since ever, a place
+	behind        bool          // its connection has others to send
 }
 
 const (
 	chooseEvery = 250 * time.Millisecond
 	// chooseMost bounds samples that lie too far apart to say anything of a rate.
 	chooseMost = 4 * time.Second
-	restFirst  = 2 * time.Second
-	restMost   = 2 * time.Minute
+	// mostTaken is the share of the time from which on packing is what limits.
+	mostTaken = 0.85
+	restFirst = 2 * time.Second
+	restMost  = 2 * time.Minute
 	// packCores is how many processors packing for one session may keep busy: the
 	// machine beside the source has other work.
 	packCores = 0.9
@@ -105,48 +110,49 @@ func (c *chooser) add(now time.Time, s sample) {
 	}
 	if c.n == 0 {
 		// The first one only begins the time that the others are counted in.
-		c.began, c.n = now, 1
+		c.began, c.held, c.n = now, s.held, 1
 		return
 	}
 	c.n++
 	c.plain += int64(s.plain)
 	c.packed += int64(s.packed)
 	c.took += s.took
-	switch {
-	case s.behind:
+	if s.behind {
 		c.behind++
-	case s.waited:
-		c.late++
 	}
-	if now.Sub(c.began) >= chooseEvery {
-		c.decide(now)
+	if d := now.Sub(c.began); d >= chooseEvery {
+		c.decide(now, (s.held-c.held).Seconds()/d.Seconds())
 		c.reset()
 	}
 }
 
 func (c *chooser) reset() {
-	c.n, c.late, c.behind, c.plain, c.packed, c.took = 0, 0, 0, 0, 0, 0
+	c.n, c.behind, c.plain, c.packed, c.took = 0, 0, 0, 0, 0
 }
 
-func (c *chooser) decide(now time.Time) {
+// decide takes the share of the time that places for packing were taken.
+func (c *chooser) decide(now time.Time, taken float64) {
 	level, n := c.at(1), c.n-1
 	seconds := now.Sub(c.began).Seconds()
 	busy := c.took.Seconds() / seconds
-	if 2*c.behind > n {
+	// Where most chunks find others ready the link is full, however long they took.
+	full := 2*c.behind > n
+	if full {
 		c.rate = float64(c.packed) / seconds
 	}
 	c.demand.Store(uint32(c.quickest(level)))
 	switch {
-	case level > chunk.Quick && (4*c.late > n || busy > c.cores*1.2):
+	case level > chunk.Quick && (taken > mostTaken && !full || busy > c.cores*1.2):
 		if now.Sub(c.rose) > restMost {
 			c.rest[level] = 0 // it was right for long
 		}
 		c.rest[level] = min(max(2*c.rest[level], restFirst), restMost)
 		c.till[level] = now.Add(c.rest[level])
 		level--
-	case level < chunk.Tight && 32*c.late <= n && !now.Before(c.till[level+1]):
+	case level < chunk.Tight && !now.Before(c.till[level+1]):
 		// The same packed bytes a second, of more plain ones, each at a higher cost.
-		if busy*(levelSize[level]/levelSize[level+1])*(levelCost[level+1]/levelCost[level]) <= c.cores {
+		more := (levelSize[level] / levelSize[level+1]) * (levelCost[level+1] / levelCost[level])
+		if busy*more <= c.cores && (full || taken*more <= mostTaken) {
 			level++
 			c.rose = now
 		}

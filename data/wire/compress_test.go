@@ -16,6 +16,7 @@ type packWorld struct {
 	second float64 // seconds a plain byte takes at levelCost 1
 	noise  bool    // nothing packs, and that is noticed at once
 
+	held    time.Duration
 	changes int
 	visited map[chunk.Level]time.Duration
 }
@@ -39,7 +40,8 @@ func (w *packWorld) run(d time.Duration) {
 		step := time.Duration(max(pack, send) * 1e9)
 		w.now = w.now.Add(step)
 		w.visited[l] += step
-		w.c.add(w.now, sample{plain, int(packed), time.Duration(cost * 1e9), send >= pack, send < pack})
+		w.held += time.Duration(pack * 1e9)
+		w.c.add(w.now, sample{plain, int(packed), time.Duration(cost * 1e9), w.held, send >= pack})
 		if w.c.at(1) != l {
 			w.changes++
 		}
@@ -109,7 +111,7 @@ func TestChooserTakesSilenceForNothing(t *testing.T) {
 	now := time.Unix(0, 0)
 	for range 100 { // a chunk now and then says nothing of the link
 		now = now.Add(time.Minute)
-		c.add(now, sample{64 << 10, 20 << 10, time.Millisecond, false, true})
+		c.add(now, sample{64 << 10, 20 << 10, time.Millisecond, now.Sub(time.Unix(0, 0)), false})
 	}
 	if l := c.at(1); l != firstLevel {
 		t.Errorf("at %v", l)

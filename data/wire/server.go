@@ -114,6 +114,7 @@ type Server struct {
 	log     *slog.Logger
 	leases  leases
 	seals   chan struct{} // one token per background chunk being sealed
+	held    atomic.Int64  // nanoseconds that such tokens were held
 	started time.Time
 	traffic traffic
 	hashed  atomic.Int64 // bytes

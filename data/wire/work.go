@@ -337,15 +337,13 @@ func (s *Server) read(c *sconn, batch []*job, class int) {
 }
 
 func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
-	waited := false
 	if class == 1 {
-		select {
-		case s.seals <- struct{}{}:
-		default:
-			waited = true
-			s.seals <- struct{}{}
-		}
-		defer func() { <-s.seals }()
+		s.seals <- struct{}{}
+		began := time.Now()
+		defer func() {
+			s.held.Add(int64(time.Since(began)))
+			<-s.seals
+		}()
 	}
 	watch := startWatch()
 	level := j.sess.pack.at(class)
@@ -365,7 +363,8 @@ func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if class == 1 && out != nil && j.state == running {
-		j.sess.pack.add(time.Now(), sample{len(plain), len(p.Data), took, len(j.target.out) > 0, waited})
+		j.sess.pack.add(time.Now(), sample{len(plain), len(p.Data), took,
+			time.Duration(s.held.Load()) / time.Duration(cap(s.seals)), len(j.target.out) > 0})
 	}
 	s.ready(j, p, out)
 }
