@@ -163,11 +163,11 @@ func TestWhatAnotherBackendSent(t *testing.T) {
 	need(t, "nbdcopy")
 	s := newTwoBackends(t)
 	raw := s.disk("a.raw", 32*mib, 13)
-	output(t, "cp", raw, s.path("b.raw"))
+	output(t, "cp", "--sparse=never", raw, s.path("b.raw"))
 	s.startBackend("a=" + raw)
 	s.startSecond("b=" + s.path("b.raw"))
 	s.startFrontend([]string{"a", "b=" + s.addr2}, "--fill-paused", "--policy", "isolated")
-	s.fill("a", "resume")
+	s.site.fill("a", "resume")
 	a := s.awaitFilled("a")
 	b := s.awaitFilled("b") // nobody asks for it
 	if b.WAN.BackgroundBytes+b.WAN.DemandBytes > 0 || b.Dedup.Chunks != a.Chunks.Held {
