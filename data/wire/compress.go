@@ -72,8 +72,8 @@ const (
 // measurements: seconds for some bytes, signature included, and bytes made of
 // them. Only quotients of them are used.
 var (
-	levelCost = [...]float64{chunk.Plain: 1, chunk.Quick: 2.3, chunk.Fast: 5.5, chunk.Good: 8, chunk.Tight: 19}
-	levelSize = [...]float64{chunk.Plain: 1, chunk.Quick: .49, chunk.Fast: .39, chunk.Good: .357, chunk.Tight: .333}
+	levelCost = [...]float64{chunk.Plain: 1, chunk.Quick: 2.3, chunk.Fast: 5.5, chunk.Good: 8, chunk.Tight: 14}
+	levelSize = [...]float64{chunk.Plain: 1, chunk.Quick: .49, chunk.Fast: .39, chunk.Good: .357, chunk.Tight: .337}
 )
 
 // firstLevel is where a session begins.

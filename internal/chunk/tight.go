@@ -8,9 +8,10 @@ import (
 )
 
 // tight is a zstd encoder that looks longer for matches than those of the zstd
-// package do: it follows hash chains and puts a match off when one of the next
-// two positions has a better one. On 64 KiB chunks it gives about 5 % fewer
-// bytes than that package's best safe level, at half the speed. What it makes
+// package do: it follows hash chains and puts a match off when the next position
+// has a better one. On 64 KiB chunks it gives about 4 % fewer bytes than that
+// package's best safe level, at two thirds of the speed. Longer chains and
+// looking one position further gain 1 % and cost half the speed. What it makes
 // is an ordinary frame (RFC 8878), with one segment and without a checksum.
 //
 // A tight is used by one goroutine at a time; fields are kept from call to
@@ -28,11 +29,12 @@ type tight struct {
 }
 
 const (
-	tightBits  = 15
-	tightDepth = 10 // matches tried at a position
-	tightMin   = 4  // bytes of the shortest match
-	tightEnd   = 12 // no match begins closer to the end
-	blockMax   = 128 << 10
+	tightBits   = 15
+	tightDepth  = 4  // matches tried at a position
+	tightEnough = 40 // a match so long is not put off
+	tightMin    = 4  // bytes of the shortest match
+	tightEnd    = 12 // no match begins closer to the end
+	blockMax    = 128 << 10
 )
 
 // seq is a zstd sequence: literals, then a match.
@@ -130,24 +132,22 @@ func (t *tight) parse(src []byte, at, end int, rep *[3]uint32) {
 			start, off, length = ip, o+3, n
 		}
 		if length < tightMin {
-			ip += 1 + (ip-anchor)>>8
+			ip += 1 + (ip-anchor)>>6
 			continue
 		}
-		// A better one may begin at the next positions.
-		for try, depth := ip, 1; try+1 < limit && depth <= 2; depth++ {
-			try++
+		// A better one may begin at the next position, and a better one still after that.
+		for try := ip + 1; try < limit && length < tightEnough; try++ {
 			cost := bits.Len32(off) - 1
 			if r := int(rep[0]); try-r >= 0 && load32(src, try) == load32(src, try-r) {
-				n := alike(src, try-r, try, end)
-				if (2+depth)*n > (2+depth)*length-cost+1 {
+				if n := alike(src, try-r, try, end); 3*n > 3*length-cost+1 {
 					start, off, length, cost = try, 1, n, 0
 				}
 			}
-			if o, n := t.search(src, try, end, &next); n >= tightMin &&
-				4*n-(bits.Len32(o+3)-1) > 4*length-cost+1+3*depth {
-				start, off, length = try, o+3, n
-				depth = 0
+			o, n := t.search(src, try, end, &next)
+			if n < tightMin || 4*n-(bits.Len32(o+3)-1) <= 4*length-cost+4 {
+				break
 			}
+			start, off, length = try, o+3, n
 		}
 		if off > 3 {
 			for o := int(off - 3); start > anchor && start-o > 0 && src[start-1] == src[start-o-1]; {
