@@ -25,7 +25,6 @@ type tight struct {
 	huff  huff0.Scratch
 	codes [3][]byte // of the sequences: literal lengths, offsets, match lengths
 	fse   [3]fseTable
-	spare []byte
 }
 
 const (
