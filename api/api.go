@@ -105,6 +105,14 @@ const (
 	QoSLess  = "less"  // it does not: background makes room by itself
 )
 
+// Codec counts the chunks that were sent in one packed form.
+type Codec struct {
+	Codec       string `json:"codec" enum:"raw,zstd,s2,zeros,signature,bundle,zstd-x86"`
+	Chunks      int64  `json:"chunks"`
+	PlainBytes  int64  `json:"plain_bytes"`
+	PackedBytes int64  `json:"packed_bytes"`
+}
+
 // Limits bound background and write-back of all volumes of a node together.
 type Limits struct {
 	Rules []string     `json:"rules" doc:"as they were given: [CLASS][@HH:MM-HH:MM]=RATE"`
@@ -127,21 +135,23 @@ type LimitsRequest struct {
 // Sending is how a backend sends and reads: the limits that background is
 // held to, and where it stands. It is of all volumes together.
 type Sending struct {
-	QoS                  string `json:"qos" enum:"ready,less"`
-	Queued               int64  `json:"queued" doc:"chunks asked for that wait to be read"`
-	QueuedBackground     int64  `json:"queued_background" doc:"background chunks among them"`
-	Reads                int64  `json:"reads" doc:"source reads under way"`
-	ReadsLimit           int64  `json:"reads_limit" doc:"source reads that may be under way"`
-	BackgroundReads      int64  `json:"background_reads" doc:"background reads under way"`
-	BackgroundReadsLimit int64  `json:"background_reads_limit" doc:"background reads that may be under way; less while a source is busy"`
-	BackgroundReadsFloor int64  `json:"background_reads_floor" doc:"background reads that always may"`
-	SourceReadUs         int64  `json:"source_read_us" doc:"what reads of the busiest source take, lately"`
-	SendQueueBytes       int64  `json:"send_queue_bytes" doc:"read and not yet sent"`
-	PaceBytes            int64  `json:"pace_bytes" doc:"bytes a second that background is sent with at most, with demand's; 0 when unknown"`
-	QueueUs              int64  `json:"queue_us" doc:"longest queue seen on the way to a frontend"`
-	QueueTargetUs        int64  `json:"queue_target_us" doc:"queue that is aimed at there"`
-	FloorUs              int64  `json:"floor_us" doc:"a background chunk waits no longer for demand, where the way carries sixteen times that"`
-	Yields               int64  `json:"yields" doc:"times background waited for demand or its pace"`
+	QoS                  string  `json:"qos" enum:"ready,less"`
+	Queued               int64   `json:"queued" doc:"chunks asked for that wait to be read"`
+	QueuedBackground     int64   `json:"queued_background" doc:"background chunks among them"`
+	Reads                int64   `json:"reads" doc:"source reads under way"`
+	ReadsLimit           int64   `json:"reads_limit" doc:"source reads that may be under way"`
+	BackgroundReads      int64   `json:"background_reads" doc:"background reads under way"`
+	BackgroundReadsLimit int64   `json:"background_reads_limit" doc:"background reads that may be under way; less while a source is busy"`
+	BackgroundReadsFloor int64   `json:"background_reads_floor" doc:"background reads that always may"`
+	SourceReadUs         int64   `json:"source_read_us" doc:"what reads of the busiest source take, lately"`
+	SendQueueBytes       int64   `json:"send_queue_bytes" doc:"read and not yet sent"`
+	PaceBytes            int64   `json:"pace_bytes" doc:"bytes a second that background is sent with at most, with demand's; 0 when unknown"`
+	QueueUs              int64   `json:"queue_us" doc:"longest queue seen on the way to a frontend"`
+	QueueTargetUs        int64   `json:"queue_target_us" doc:"queue that is aimed at there"`
+	FloorUs              int64   `json:"floor_us" doc:"a background chunk waits no longer for demand, where the way carries sixteen times that"`
+	PackLevel            string  `json:"pack_level,omitempty" doc:"how hard background is packed for most sessions: plain, quick, fast, good, tight"`
+	Codecs               []Codec `json:"codecs,omitempty" doc:"chunks sent, by codec"`
+	Yields               int64   `json:"yields" doc:"times background waited for demand or its pace"`
 }
 
 // Volume is everything status shows about one volume.

@@ -116,6 +116,20 @@ var families = []gauge{
 		sending(func(s *api.Sending) []sample { return one(float64(s.QueueUs) * microsecond) })},
 	{"forerun_backend_path_queue_target_seconds", "Queue that is aimed at on the way to a frontend.", prometheus.GaugeValue, nil,
 		sending(func(s *api.Sending) []sample { return one(float64(s.QueueTargetUs) * microsecond) })},
+	{"forerun_backend_sent_bytes_total", "Packed bytes of chunks sent, by packed form.", prometheus.CounterValue, []string{"codec"},
+		sending(func(s *api.Sending) (out []sample) {
+			for _, c := range s.Codecs {
+				out = append(out, sample{float64(c.PackedBytes), []string{c.Codec}})
+			}
+			return out
+		})},
+	{"forerun_backend_packed_plain_bytes_total", "Plain bytes of chunks sent, by packed form.", prometheus.CounterValue, []string{"codec"},
+		sending(func(s *api.Sending) (out []sample) {
+			for _, c := range s.Codecs {
+				out = append(out, sample{float64(c.PlainBytes), []string{c.Codec}})
+			}
+			return out
+		})},
 	{"forerun_backend_yields_total", "Times background waited for demand or its pace.", prometheus.CounterValue, nil,
 		sending(func(s *api.Sending) []sample { return one(float64(s.Yields)) })},
 	{"forerun_limit_bytes", "Limit in force in bytes a second, 0 for none.", prometheus.GaugeValue, []string{"class"},

@@ -271,6 +271,9 @@ func printVolume(w io.Writer, v api.Volume) {
 	row("clients", "%d", v.Clients)
 	if v.Role == api.RoleBackend {
 		row("link", "%s received, %s sent", bytesText(float64(v.WAN.ReceivedBytes)), bytesText(float64(v.WAN.SentBytes)))
+		if s := v.Sending; s != nil && s.PackLevel != "" {
+			row("packing", "%s", s.PackLevel)
+		}
 		row("dedup", "%s chunking; content of %d chunks known, scan %s; %d sent as signatures", v.Dedup.Chunking, v.Dedup.KnownChunks, v.Dedup.Scan, v.Dedup.Chunks)
 		for _, f := range v.FileSystems {
 			row("file system", "%s", fileSystemText(f))

@@ -349,6 +349,7 @@ func (b *Backend) status(s *served) api.Volume {
 		SendQueueBytes: st.SendQueueBytes, PaceBytes: st.PaceBytes,
 		QueueUs: st.PaceDelay.Microseconds(), QueueTargetUs: st.PaceTarget.Microseconds(),
 		FloorUs: st.FloorInterval.Microseconds(), Yields: st.Yielded}
+	packing(st, v.Sending)
 	if why := b.sourceAway(s.spec.Name); why != "" {
 		v.Waiting = "the source does not answer: " + why
 	}

@@ -1,6 +1,8 @@
 package wire
 
 import (
+	"math"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -45,7 +47,16 @@ type chooser struct {
 	till [chunk.Tight + 1]time.Time
 	rose time.Time // when it came to this level from below
 	rate float64   // packed bytes a second of the link, 0 while it was never what limits
+
+	// Means over the time that decisions look back over.
+	seen             int     // decisions
+	busy, taken, out float64 // processors kept busy; share of the time places were taken; packed bytes a second
+	full             float64 // share of the chunks that found others ready
 }
+
+// packCores is how many processors packing for one session may keep busy on
+// a machine that has so many: most of them, and not all, for it has other work.
+func packCores(processors int) float64 { return max(0.9, 0.6*float64(processors)) }
 
 // sample is one background chunk that was packed.
 type sample struct {
@@ -61,11 +72,10 @@ const (
 	chooseMost = 4 * time.Second
 	// mostTaken is the share of the time from which on packing is what limits.
 	mostTaken = 0.85
-	restFirst = 2 * time.Second
-	restMost  = 2 * time.Minute
-	// packCores is how many processors packing for one session may keep busy: the
-	// machine beside the source has other work.
-	packCores = 0.9
+	// chooseOver is the time that decisions look back over.
+	chooseOver = time.Second
+	restFirst  = 2 * time.Second
+	restMost   = 2 * time.Minute
 )
 
 // levelCost and levelSize are how the levels compare, by internal/chunk's
@@ -82,7 +92,7 @@ const firstLevel = chunk.Fast
 // newChooser returns a chooser, or with a codec of S2 or Zstd one that always
 // takes that.
 func newChooser(fixed chunk.Codec, off bool) *chooser {
-	c := &chooser{cores: packCores}
+	c := &chooser{cores: packCores(runtime.GOMAXPROCS(0))}
 	level := firstLevel
 	if fixed != chunk.Raw || off {
 		level, c.fixed = chunk.LevelOf(fixed), true
@@ -134,12 +144,23 @@ func (c *chooser) reset() {
 func (c *chooser) decide(now time.Time, taken float64) {
 	level, n := c.at(1), c.n-1
 	seconds := now.Sub(c.began).Seconds()
-	busy := c.took.Seconds() / seconds
-	// Where most chunks find others ready the link is full, however long they took.
-	full := 2*c.behind > n
-	if full {
-		c.rate = float64(c.packed) / seconds
+	// Chunks come in bursts, as budgets are used up and filled again: what a
+	// quarter of a second shows is no more than a part of one.
+	weight := 1 - math.Exp(-seconds/chooseOver.Seconds())
+	if c.seen == 0 {
+		weight = 1
 	}
+	c.seen++
+	mean := func(m *float64, x float64) float64 { *m += weight * (x - *m); return *m }
+	busy := mean(&c.busy, c.took.Seconds()/seconds)
+	taken = mean(&c.taken, taken)
+	rate := mean(&c.out, float64(c.packed)/seconds)
+	// Where most chunks find others ready the link is full, however long they took.
+	full := mean(&c.full, float64(c.behind)/float64(max(n, 1))) > 0.5
+	if full {
+		c.rate = rate
+	}
+	scale := func(by float64) { c.busy *= by; c.taken = min(c.taken*by, 1) }
 	c.demand.Store(uint32(c.quickest(level)))
 	switch {
 	case level > chunk.Quick && (taken > mostTaken && !full || busy > c.cores*1.2):
@@ -149,12 +170,14 @@ func (c *chooser) decide(now time.Time, taken float64) {
 		c.rest[level] = min(max(2*c.rest[level], restFirst), restMost)
 		c.till[level] = now.Add(c.rest[level])
 		level--
+		scale(levelCost[level] / levelCost[level+1])
 	case level < chunk.Tight && !now.Before(c.till[level+1]):
 		// The same packed bytes a second, of more plain ones, each at a higher cost.
 		more := (levelSize[level] / levelSize[level+1]) * (levelCost[level+1] / levelCost[level])
 		if busy*more <= c.cores && (full || taken*more <= mostTaken) {
 			level++
 			c.rose = now
+			scale(more)
 		}
 	}
 	c.level.Store(uint32(level))

@@ -67,6 +67,7 @@ func TestChooserFindsTheLevel(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newPackWorld(x.link)
+			w.c.cores = 0.9
 			w.cores, w.second, w.noise = x.cores, x.second, x.noise
 			w.run(10 * time.Second)
 			w.run(10 * time.Minute)
@@ -85,12 +86,13 @@ func TestChooserFindsTheLevel(t *testing.T) {
 
 func TestChooserFollows(t *testing.T) {
 	w := newPackWorld(100e6 / 8)
+	w.c.cores = 0.9
 	w.run(5 * time.Second)
 	if l := w.c.at(1); l != chunk.Tight {
 		t.Fatalf("at %v where there is time", l)
 	}
 	w.cores = .1 // somebody else needs the processors
-	w.run(2 * time.Second)
+	w.run(5 * time.Second)
 	if l := w.c.at(1); l > chunk.Fast {
 		t.Errorf("at %v with a tenth of a processor", l)
 	}
@@ -100,7 +102,7 @@ func TestChooserFollows(t *testing.T) {
 		t.Errorf("at %v when they are free again", l)
 	}
 	w.link = 1e9 / 8
-	w.run(2 * time.Second)
+	w.run(5 * time.Second)
 	if l := w.c.at(1); l != chunk.Quick {
 		t.Errorf("at %v on a faster link", l)
 	}

@@ -114,7 +114,8 @@ type Server struct {
 	log     *slog.Logger
 	leases  leases
 	seals   chan struct{} // one token per background chunk being sealed
-	held    atomic.Int64  // nanoseconds that such tokens were held
+	fewer   chan struct{} // another one for those begun while there was demand
+	held    atomic.Int64  // nanoseconds that all places for sealing were taken
 	started time.Time
 	traffic traffic
 	hashed  atomic.Int64 // bytes
@@ -168,9 +169,7 @@ func NewServer(o ServerOptions) (*Server, error) {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Server{o: o, log: o.Log, sessions: map[sessionID]*session{}, loads: map[block.Device]*load{}, started: time.Now(),
-		// One processor is left to demand, which must not stand behind bulk
-		// compression in the scheduler's queue.
-		seals: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))}
+		seals: make(chan struct{}, runtime.GOMAXPROCS(0)), fewer: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))}
 	s.tls = o.TLS.Clone()
 	s.tls.MinVersion = tls.VersionTLS13
 	s.tls.NextProtos = append([]string{alpn}, slices.Sorted(maps.Keys(o.Also))...)

@@ -338,12 +338,7 @@ func (s *Server) read(c *sconn, batch []*job, class int) {
 
 func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
 	if class == 1 {
-		s.seals <- struct{}{}
-		began := time.Now()
-		defer func() {
-			s.held.Add(int64(time.Since(began)))
-			<-s.seals
-		}()
+		defer s.place()()
 	}
 	watch := startWatch()
 	level := j.sess.pack.at(class)
@@ -364,9 +359,36 @@ func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
 	defer s.mu.Unlock()
 	if class == 1 && out != nil && j.state == running {
 		j.sess.pack.add(time.Now(), sample{len(plain), len(p.Data), took,
-			time.Duration(s.held.Load()) / time.Duration(cap(s.seals)), len(j.target.out) > 0})
+			time.Duration(s.held.Load()), len(j.target.out) > 0})
 	}
 	s.ready(j, p, out)
+}
+
+// demandLinger is how long after demand a processor is left to it: who reads
+// once mostly reads again.
+const demandLinger = 250 * time.Millisecond
+
+// place waits for one of the places that background is packed in, and returns
+// what gives it back. There are as many as processors, but one less while there
+// is demand, which must not stand behind bulk packing in the scheduler's queue.
+func (s *Server) place() func() {
+	s.mu.Lock()
+	shy := s.demandBusy > 0 || time.Since(s.lastDemand) < demandLinger
+	s.mu.Unlock()
+	places := cap(s.seals)
+	if shy {
+		places = cap(s.fewer)
+		s.fewer <- struct{}{}
+	}
+	s.seals <- struct{}{}
+	began := time.Now()
+	return func() {
+		s.held.Add(int64(time.Since(began)) / int64(places))
+		<-s.seals
+		if shy {
+			<-s.fewer
+		}
+	}
 }
 
 // bundle packs a chunk that is cut by content.

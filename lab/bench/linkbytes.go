@@ -91,7 +91,7 @@ func (b *linkBench) lineBytes() error {
 // shifted sends a file and the same one 1 KiB further on, with chunks of fixed
 // size and with chunks that the content bounds.
 func (b *linkBench) shifted() error {
-	const size = 256 << 20
+	const size = 64 << 20
 	one, err := b.prepare("shift", size, noise)
 	if err != nil {
 		return err
@@ -129,7 +129,7 @@ func (b *linkBench) shifted() error {
 			case d.Volume == "one":
 				b.Measure("d: file, chunks by "+mode+": line / size", float64(down)/size, "x")
 			case mode == "content":
-				b.AtMost(name, float64(down)/size, 0.1, "x")
+				b.AtMost(name, float64(down)/size, 0.25, "x")
 			default:
 				b.Measure(name, float64(down)/size, "x")
 			}
@@ -144,7 +144,7 @@ func (b *linkBench) shifted() error {
 // oneByOne fills the disks at one frontend, one after the other, and tells what
 // crossed the line for each.
 func (b *linkBench) oneByOne(disks []rig.Disk, backend []string, each func(d rig.Disk, down, up int64, v api.Volume)) error {
-	return b.over(point{rate: gbit, rtt: 10 * time.Millisecond}, 0, func() error {
+	return b.over(point{rate: mbit100, rtt: 40 * time.Millisecond}, 0, func() error {
 		dir, err := b.dir("bytes")
 		if err != nil {
 			return err
