@@ -60,20 +60,21 @@ func (b *linkBench) lineBytes() error {
 			{Volume: "clone", Source: clone}, {Volume: "grown", Source: grown}, {Volume: "zeros", Source: zeros}}, nil,
 			func(d rig.Disk, down, up int64, v api.Volume) {
 				name := "d: " + d.Volume + ": "
-				n := float64(down)
-				b.Noted(name+"to the target", n/1e6, "MB", fmt.Sprintf("to the source %.2f MB; %d chunks held, %d zero", float64(up)/1e6, v.Chunks.Held, v.Chunks.Zero))
+				// Files have no headers of TCP and IP either.
+				n := float64(v.WAN.ReceivedBytes)
+				b.Noted(name+"to the target", n/1e6, "MB", fmt.Sprintf("%.2f MB with TCP and IP; to the source %.2f MB; %d chunks held, %d zero", float64(down)/1e6, float64(up)/1e6, v.Chunks.Held, v.Chunks.Zero))
 				switch d.Volume {
 				case "guest":
 					first, chunks = n, float64(v.Chunks.Held)
-					b.AtMost(name+"line / zstd -1 of its data", ratio(n, float64(packed)), 0.95, "x")
+					b.AtMost(name+"bytes / zstd -1 of its data", ratio(n, float64(packed)), 0.95, "x")
 				case "similar":
-					b.AtMost(name+"line / the first guest's", ratio(n, first), 0.20, "x")
+					b.AtMost(name+"bytes / the first guest's", ratio(n, first), 0.20, "x")
 				case "clone":
 					b.AtMost(name+"bytes per chunk", ratio(n, chunks), 64, "B")
 				case "grown":
-					b.Measure(name+"line / the first guest's", ratio(n, first), "x")
+					b.Measure(name+"bytes / the first guest's", ratio(n, first), "x")
 				case "zeros":
-					b.AtMost(name+"line / its size", ratio(n, zeroBytes), 0.001, "x")
+					b.AtMost(name+"bytes / its size", ratio(n, zeroBytes), 0.001, "x")
 				}
 			})
 		if err != nil {
@@ -125,13 +126,13 @@ func (b *linkBench) shifted() error {
 			args = []string{"--chunking", "one=content", "--chunking", "two=content"}
 		}
 		err := b.oneByOne([]rig.Disk{{Volume: "one", Source: one}, {Volume: "two", Source: two}}, args, func(d rig.Disk, down, up int64, v api.Volume) {
-			switch name := "d: shifted by 1 KiB, chunks by " + mode + ": line / size"; {
+			switch name := "d: shifted by 1 KiB, chunks by " + mode + ": bytes / size"; {
 			case d.Volume == "one":
-				b.Measure("d: file, chunks by "+mode+": line / size", float64(down)/size, "x")
+				b.Measure("d: file, chunks by "+mode+": bytes / size", float64(v.WAN.ReceivedBytes)/size, "x")
 			case mode == "content":
-				b.AtMost(name, float64(down)/size, 0.25, "x")
+				b.AtMost(name, float64(v.WAN.ReceivedBytes)/size, 0.25, "x")
 			default:
-				b.Measure(name, float64(down)/size, "x")
+				b.Measure(name, float64(v.WAN.ReceivedBytes)/size, "x")
 			}
 		})
 		if err != nil {
@@ -142,7 +143,9 @@ func (b *linkBench) shifted() error {
 }
 
 // oneByOne fills the disks at one frontend, one after the other, and tells what
-// crossed the line for each.
+// crossed for each. The frontend knows a disk only when its turn has come, or
+// what it holds would be announced, and counted, with an earlier one. down and up
+// are bytes on the line, TCP and IP included; what the session counts is in v.
 func (b *linkBench) oneByOne(disks []rig.Disk, backend []string, each func(d rig.Disk, down, up int64, v api.Volume)) error {
 	return b.over(point{rate: mbit100, rtt: 40 * time.Millisecond}, 0, func() error {
 		dir, err := b.dir("bytes")
@@ -157,11 +160,23 @@ func (b *linkBench) oneByOne(disks []rig.Disk, backend []string, each func(d rig
 		g.Volume, g.More = disks[0].Volume, disks[1:]
 		g.BackendArgs = append(backend, g.BackendArgs...)
 		defer g.Kill()
-		if err := g.Start(b.ctx); err != nil {
+		if err := g.PKI(b.ctx); err != nil {
 			return err
 		}
-		for _, d := range disks {
+		if err := g.StartBackend(b.ctx); err != nil {
+			return err
+		}
+		for i, d := range disks {
+			if g.Frontend != nil {
+				if err := g.Frontend.Stop(time.Minute); err != nil {
+					return err
+				}
+			}
+			g.More = disks[1 : 1+i]
 			before := b.line.Stats()
+			if _, err := g.StartFrontend(b.ctx); err != nil {
+				return err
+			}
 			if err := g.FillOf(b.ctx, d.Volume, "resume", 0); err != nil {
 				return err
 			}
