@@ -313,7 +313,9 @@ func (v *Volume) Attach(r *wire.Remote) error {
 	}
 	v.source.sched.SetPaced(r.Paced())
 	v.source.link.attach(r)
-	r.Announce(v.source.volume)
+	if !v.source.volume.Filled() {
+		r.Announce(v.source.volume)
+	}
 	return nil
 }
 

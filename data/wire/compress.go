@@ -21,6 +21,8 @@ import (
 // since they are asked for, and read, by the dozen. After a quarter of a second
 // it decides:
 //
+//   - The machine has no processor to spare, whoever keeps them busy: one level
+//     down, though not below zstd's fastest.
 //   - The places for packing are taken nearly all the time and the link is not
 //     full, or packing takes more than cores processors: one level down. The level that was left is not
 //     tried again for a while, longer each time.
@@ -52,6 +54,11 @@ type chooser struct {
 	seen             int     // decisions
 	busy, taken, out float64 // processors kept busy; share of the time places were taken; packed bytes a second
 	full             float64 // share of the chunks that found others ready
+	spare            float64 // processors of the machine that had nothing to do
+
+	// idle says how many processors had nothing to do since it was asked last;
+	// nil: nobody can tell.
+	idle func() (processors float64, ok bool)
 }
 
 // packCores is how many processors packing for one session may keep busy on
@@ -72,6 +79,9 @@ const (
 	chooseMost = 4 * time.Second
 	// mostTaken is the share of the time from which on packing is what limits.
 	mostTaken = 0.85
+	// leastSpare is how many processors have nothing to do, at the least, on a
+	// machine where there is time for harder packing.
+	leastSpare = 0.04
 	// chooseOver is the time that decisions look back over.
 	chooseOver = time.Second
 	restFirst  = 2 * time.Second
@@ -92,7 +102,7 @@ const firstLevel = chunk.Fast
 // newChooser returns a chooser, or with a codec of S2 or Zstd one that always
 // takes that.
 func newChooser(fixed chunk.Codec, off bool) *chooser {
-	c := &chooser{cores: packCores(runtime.GOMAXPROCS(0))}
+	c := &chooser{cores: packCores(runtime.GOMAXPROCS(0)), idle: idleProcessors()}
 	level := firstLevel
 	if fixed != chunk.Raw || off {
 		level, c.fixed = chunk.LevelOf(fixed), true
@@ -160,10 +170,17 @@ func (c *chooser) decide(now time.Time, taken float64) {
 	if full {
 		c.rate = rate
 	}
+	short, room := false, c.cores // of what the whole machine has
+	if c.idle != nil {
+		if n, ok := c.idle(); ok {
+			room = mean(&c.spare, n)
+			short = room < leastSpare
+		}
+	}
 	scale := func(by float64) { c.busy *= by; c.taken = min(c.taken*by, 1) }
 	c.demand.Store(uint32(c.quickest(level)))
 	switch {
-	case level > chunk.Quick && (taken > mostTaken && !full || busy > c.cores*1.2):
+	case level > chunk.Quick && (taken > mostTaken && !full || busy > c.cores*1.2 || short && level > chunk.Fast):
 		if now.Sub(c.rose) > restMost {
 			c.rest[level] = 0 // it was right for long
 		}
@@ -174,7 +191,7 @@ func (c *chooser) decide(now time.Time, taken float64) {
 	case level < chunk.Tight && !now.Before(c.till[level+1]):
 		// The same packed bytes a second, of more plain ones, each at a higher cost.
 		more := (levelSize[level] / levelSize[level+1]) * (levelCost[level+1] / levelCost[level])
-		if busy*more <= c.cores && (full || taken*more <= mostTaken) {
+		if busy*more <= c.cores && busy*(more-1) <= room && (full || taken*more <= mostTaken) {
 			level++
 			c.rose = now
 			scale(more)

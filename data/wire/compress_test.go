@@ -22,7 +22,9 @@ type packWorld struct {
 }
 
 func newPackWorld(link float64) *packWorld {
-	return &packWorld{c: newChooser(chunk.Raw, false), now: time.Unix(0, 0), link: link, cores: 1, second: 1e-9}
+	w := &packWorld{c: newChooser(chunk.Raw, false), now: time.Unix(0, 0), link: link, cores: 1, second: 1e-9}
+	w.c.idle = nil // not that of the machine the test runs on
+	return w
 }
 
 // run lets chunks pass for d.
@@ -108,6 +110,29 @@ func TestChooserFollows(t *testing.T) {
 	}
 }
 
+// TestChooserLeavesTheMachineToOthers: where other programs keep all processors
+// busy it packs quickly, though the link is full, and harder again afterwards.
+func TestChooserLeavesTheMachineToOthers(t *testing.T) {
+	w := newPackWorld(100e6 / 8)
+	w.c.cores = 0.9
+	spare := 1.0
+	w.c.idle = func() (float64, bool) { return spare, true }
+	w.run(5 * time.Second)
+	if l := w.c.at(1); l != chunk.Tight {
+		t.Fatalf("at %v where there is time", l)
+	}
+	spare = 0
+	w.run(8 * time.Second)
+	if l := w.c.at(1); l != chunk.Fast {
+		t.Errorf("at %v on a machine that has no time", l)
+	}
+	spare = 1
+	w.run(time.Minute)
+	if l := w.c.at(1); l != chunk.Tight {
+		t.Errorf("at %v when there is time again", l)
+	}
+}
+
 func TestChooserTakesSilenceForNothing(t *testing.T) {
 	c := newChooser(chunk.Raw, false)
 	now := time.Unix(0, 0)
@@ -128,6 +153,7 @@ func TestChooserFixed(t *testing.T) {
 	}{{chunk.S2, false, chunk.Quick}, {chunk.Zstd, false, chunk.Fast}, {chunk.Raw, true, chunk.Plain}} {
 		w := newPackWorld(1e6)
 		w.c = newChooser(x.codec, x.off)
+		w.c.idle = nil
 		w.run(time.Minute)
 		if w.c.at(0) != x.want || w.c.at(1) != x.want {
 			t.Errorf("codec %d, off %v: %v and %v, want %v", x.codec, x.off, w.c.at(0), w.c.at(1), x.want)

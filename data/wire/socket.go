@@ -15,7 +15,9 @@ type SocketOptions struct {
 	// DSCP code points (RFC 2474) of each class's packets, 0 to 63, for networks
 	// that treat classes differently; 0 leaves them unmarked.
 	DemandDSCP, WriteBackDSCP, BackgroundDSCP int
-	// Congestion names a congestion control, such as "bbr"; empty leaves the system's.
+	// Congestion names the congestion control of all connections. Empty is
+	// "bbr" for what sends in bulk, which keeps its rate where packets are lost, and for
+	// demand what the listener has (Listen).
 	Congestion string
 	// NotSentLowat bounds the bytes the kernel holds that were not yet sent,
 	// default 128 KiB, negative for no bound. More would only be a queue
@@ -34,6 +36,9 @@ func (o SocketOptions) Apply(nc net.Conn, class block.Flags) {
 		o.NotSentLowat = 128 << 10
 	}
 	dscp := o.DemandDSCP
+	if class != block.Demand && o.Congestion == "" {
+		o.Congestion = "bbr"
+	}
 	switch class {
 	case block.WriteBack:
 		dscp = o.WriteBackDSCP

@@ -1,12 +1,30 @@
 package wire
 
 import (
+	"context"
 	"net"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+// Listen listens for a Server. Connections start with a congestion control that
+// does not spread packets over time: BBR, where it is the system's, paces a
+// connection that is mostly idle at the rate it last saw, which a demand read would
+// wait for, and goes on pacing when another one is chosen later.
+func Listen(ctx context.Context, addr string) (net.Listener, error) {
+	c := net.ListenConfig{Control: func(_, _ string, rc syscall.RawConn) error {
+		return rc.Control(func(fd uintptr) {
+			for _, name := range []string{"cubic", "reno"} {
+				if unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, name) == nil {
+					return
+				}
+			}
+		})
+	}}
+	return c.Listen(ctx, "tcp", addr)
+}
 
 func (o SocketOptions) system(tc *net.TCPConn, dscp int) {
 	rc, err := tc.SyscallConn()

@@ -3,9 +3,14 @@
 package wire
 
 import (
+	"context"
 	"net"
-	"time"
 )
+
+// Listen listens for a Server.
+func Listen(ctx context.Context, addr string) (net.Listener, error) {
+	return (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+}
 
 func (o SocketOptions) system(*net.TCPConn, int) {}
 

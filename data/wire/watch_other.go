@@ -6,3 +6,5 @@ import "time"
 
 // threadTime is not known here.
 func threadTime() time.Duration { return 0 }
+
+func idleProcessors() func() (float64, bool) { return nil }
