@@ -182,7 +182,7 @@ func (b *Backend) Run(ctx context.Context) (err error) {
 		if addr == "" {
 			return 0, nil
 		}
-		ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+		ln, err := wire.Listen(ctx, addr)
 		if err != nil {
 			return 0, block.E("listen", addr, block.KindNone, err)
 		}
