@@ -167,7 +167,9 @@ func (j *Journal) discard(s *segment) (err error) {
 		if recycle {
 			name := path.Join(j.dir, spareName(s.id))
 			if err = j.fs.Rename(s.path, name); err == nil {
-				s.path = name
+				j.mu.Lock()
+				s.path = name // a sync that fails meanwhile names it
+				j.mu.Unlock()
 			}
 		} else {
 			err = j.fs.Remove(s.path)

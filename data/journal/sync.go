@@ -105,12 +105,13 @@ func (j *Journal) syncNow() error {
 // rescue makes durable by a flush of the device below what a failed sync of
 // the journal left in doubt. It returns with mu held.
 func (j *Journal) rescue(segs []*segment, bad *segment, cause error) error {
-	j.log.Error("sync of the journal failed; flushing the device below instead", "segment", bad.path, "error", cause)
 	j.mu.Lock()
 	for _, s := range segs {
 		s.broken = true
 	}
+	name := bad.path
 	j.mu.Unlock()
+	j.log.Error("sync of the journal failed; flushing the device below instead", "segment", name, "error", cause)
 	err := j.checkpoint(true)
 	j.mu.Lock()
 	for _, s := range segs {
