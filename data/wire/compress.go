@@ -24,10 +24,10 @@ import (
 //   - The machine has no processor to spare, whoever keeps them busy: one level
 //     down, though not below zstd's fastest.
 //   - The places for packing are taken nearly all the time and the link is not
-//     full, or packing takes more than cores processors: one level down. The level that was left is not
-//     tried again for a while, longer each time.
-//   - Else, if the next level would keep fewer than cores busy at the rate at
-//     which packed bytes leave now: one level up.
+//     full, or packing takes more than cores processors: one level down. The
+//     level that was left is not tried again for a while, longer each time.
+//   - Else, if the link is full, and the next level would keep fewer than cores
+//     busy at the rate at which packed bytes leave now: one level up.
 //
 // A demand read takes the level with the least time to pack and cross the link
 // together, once the rate of the link is known.
@@ -191,7 +191,7 @@ func (c *chooser) decide(now time.Time, taken float64) {
 	case level < chunk.Tight && !now.Before(c.till[level+1]):
 		// The same packed bytes a second, of more plain ones, each at a higher cost.
 		more := (levelSize[level] / levelSize[level+1]) * (levelCost[level+1] / levelCost[level])
-		if busy*more <= c.cores && busy*(more-1) <= room && (full || taken*more <= mostTaken) {
+		if full && busy*more <= c.cores && busy*(more-1) <= room {
 			level++
 			c.rose = now
 			scale(more)
