@@ -16,7 +16,8 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"math/bits"
+
+	"forerun/data/fsmap/internal/layout"
 )
 
 // ErrOther means that there is no such file system.
@@ -110,7 +111,7 @@ func (f *fs) super(size int64) error {
 		return ErrOther
 	}
 	b := make([]byte, superLen)
-	if err := read(f.r, b, superAt); err != nil {
+	if err := layout.Read(f.r, b, superAt); err != nil {
 		return err
 	}
 	le := binary.LittleEndian
@@ -120,7 +121,7 @@ func (f *fs) super(size int64) error {
 	f.compat, f.incompat, f.ro = le.Uint32(b[0x5c:]), le.Uint32(b[0x60:]), le.Uint32(b[0x64:])
 	f.uuid = [16]byte(b[0x68:0x78])
 	u := f.uuid
-	f.Info = Info{Type: f.kind(), Label: text(b[0x78:0x88]), UUID: fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])}
+	f.Info = Info{Type: f.kind(), Label: layout.Text(b[0x78:0x88]), UUID: fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])}
 	if err := f.geometry(b, size); err != nil {
 		return err
 	}
@@ -380,7 +381,7 @@ func (f *fs) walk(emit func(off, n int64) error) error {
 			if at >= f.blocks {
 				return fmt.Errorf("the descriptors of group %d would be in block %d, which there is not", g, at)
 			}
-			if err := read(f.r, table, at*f.block); err != nil {
+			if err := layout.Read(f.r, table, at*f.block); err != nil {
 				return err
 			}
 		}
@@ -414,7 +415,7 @@ func (f *fs) walk(emit func(off, n int64) error) error {
 
 // load reads the bitmap of group g into b. It must have what meta has.
 func (f *fs) load(b, meta []byte, g int64, d group) error {
-	if err := read(f.r, b, d.bitmap*f.block); err != nil {
+	if err := layout.Read(f.r, b, d.bitmap*f.block); err != nil {
 		return err
 	}
 	if f.metaCsum {
@@ -466,11 +467,11 @@ func (f *fs) fresh(b []byte, g int64, d group) error {
 func (f *fs) emit(b []byte, g, n int64, emit func(off, n int64) error) (free int64, err error) {
 	start := f.groupStart(g)
 	for at := int64(0); at < n; {
-		from := next(b, at, n, 0)
+		from := layout.Next(b, at, n, 0)
 		if from >= n {
 			break
 		}
-		to := next(b, from, n, 1)
+		to := layout.Next(b, from, n, 1)
 		end := min(start+to*f.ratio, f.blocks)
 		if err := emit((start+from*f.ratio)*f.block, (end-start-from*f.ratio)*f.block); err != nil {
 			return free, err
@@ -479,42 +480,4 @@ func (f *fs) emit(b []byte, g, n int64, emit func(off, n int64) error) (free int
 		at = to
 	}
 	return free, nil
-}
-
-// next is the first bit at or after from that is want, or n.
-func next(b []byte, from, n int64, want byte) int64 {
-	for from < n {
-		v := b[from>>3]
-		if want == 0 {
-			v = ^v
-		}
-		if v >>= from & 7; v != 0 {
-			return min(n, from+int64(bits.TrailingZeros8(v)))
-		}
-		from = (from>>3 + 1) << 3
-		for skip := byte(want - 1); from < n && b[from>>3] == skip; { // want 1: 0x00, want 0: 0xff
-			from += 8
-		}
-	}
-	return n
-}
-
-func read(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("reading %d bytes at %d: %w", len(p), off, err)
-}
-
-func text(b []byte) string {
-	for i, c := range b {
-		if c == 0 {
-			return string(b[:i])
-		}
-	}
-	return string(b)
 }

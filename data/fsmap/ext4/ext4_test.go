@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"forerun/data/fsmap/internal/layout"
 )
 
 func need(t testing.TB, programs ...string) {
@@ -341,7 +343,7 @@ func TestRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := make([]byte, f.descLen)
-	if err := read(summed, d, f.tableBlock(0)*f.block); err != nil {
+	if err := layout.Read(summed, d, f.tableBlock(0)*f.block); err != nil {
 		t.Fatal(err)
 	}
 	g, err := f.descriptor(d, 0)

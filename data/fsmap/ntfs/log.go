@@ -3,6 +3,8 @@ package ntfs
 import (
 	"errors"
 	"fmt"
+
+	"forerun/data/fsmap/internal/layout"
 )
 
 const (
@@ -46,7 +48,7 @@ func (v *volume) cleanLog() (empty bool, err error) {
 		return false, ErrDirty // CHKD: changed by chkdsk, and not mounted since
 	}
 	page := int64(le.Uint32(b[16:]))
-	if !power(page, 512, emptyLook/2) || 2*page > int64(len(b)) {
+	if !layout.Power(page, 512, emptyLook/2) || 2*page > int64(len(b)) {
 		return false, fmt.Errorf("$LogFile has pages of %d bytes", page)
 	}
 	newest, err := parseRestart(b[:page])

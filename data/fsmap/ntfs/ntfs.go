@@ -17,9 +17,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/bits"
 	"strings"
 	"unicode/utf16"
+
+	"forerun/data/fsmap/internal/layout"
 )
 
 // ErrOther means that there is no such file system.
@@ -117,7 +118,7 @@ func (v *volume) boot(size int64) error {
 		return ErrOther
 	}
 	b := make([]byte, 512)
-	if err := read(v.r, b, 0); err != nil {
+	if err := layout.Read(v.r, b, 0); err != nil {
 		return err
 	}
 	if !Probe(b) {
@@ -136,7 +137,7 @@ func (v *volume) boot(size int64) error {
 	switch {
 	case b[510] != 0x55 || b[511] != 0xaa:
 		return errors.New("the boot sector has no signature")
-	case !power(sector, 256, 4096) || !power(v.cluster, 512, 2<<20):
+	case !layout.Power(sector, 256, 4096) || !layout.Power(v.cluster, 512, 2<<20):
 		return fmt.Errorf("it has sectors of %d and clusters of %d bytes", sector, v.cluster)
 	case sectors < uint64(per) || sectors > uint64(size/sector):
 		return fmt.Errorf("it has %d sectors of %d bytes, where %d bytes are", sectors, sector, size)
@@ -144,7 +145,7 @@ func (v *volume) boot(size int64) error {
 	v.clusters = int64(sectors) / per
 	v.Info.ClusterBytes, v.Info.Size = int(v.cluster), v.clusters*v.cluster
 	v.record, v.index = v.length(b[64]), v.length(b[68])
-	if !power(v.record, 512, maxRecord) || !power(v.index, 512, maxRecord) {
+	if !layout.Power(v.record, 512, maxRecord) || !layout.Power(v.index, 512, maxRecord) {
 		return fmt.Errorf("it has file records of %d and index blocks of %d bytes", v.record, v.index)
 	}
 	at := le.Uint64(b[48:])
@@ -268,11 +269,11 @@ func (v *volume) emit(emit func(off, n int64) error) error {
 			return fmt.Errorf("$Bitmap: %w", err)
 		}
 		for at := int64(0); at < n; {
-			from := next(p, at, n, 0)
+			from := layout.Next(p, at, n, 0)
 			if from >= n {
 				break
 			}
-			at = next(p, from, n, 1)
+			at = layout.Next(p, from, n, 1)
 			if err := emit((first+from)*v.cluster, (at-from)*v.cluster); err != nil {
 				return err
 			}
@@ -342,43 +343,12 @@ func (u *used) check(from, n int64) error {
 		}
 		lo := from - part*8*bitmapPart
 		hi := min(lo+n, 8*bitmapPart)
-		if next(u.b, lo, hi, 0) != hi {
+		if layout.Next(u.b, lo, hi, 0) != hi {
 			return errors.New("has clusters that $Bitmap says are free: " + ErrDirty.Error())
 		}
 		from, n = from+hi-lo, n-(hi-lo)
 	}
 	return nil
-}
-
-// next is the first bit at or after from that is want, or n.
-func next(b []byte, from, n int64, want byte) int64 {
-	for from < n {
-		v := b[from>>3]
-		if want == 0 {
-			v = ^v
-		}
-		if v >>= from & 7; v != 0 {
-			return min(n, from+int64(bits.TrailingZeros8(v)))
-		}
-		from = (from>>3 + 1) << 3
-		for skip := byte(want - 1); from < n && b[from>>3] == skip; { // want 1: 0x00, want 0: 0xff
-			from += 8
-		}
-	}
-	return n
-}
-
-func power(n, lo, hi int64) bool { return n >= lo && n <= hi && n&(n-1) == 0 }
-
-func read(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("reading %d bytes at %d: %w", len(p), off, err)
 }
 
 func wide(b []byte) string {

@@ -3,6 +3,8 @@ package ntfs
 import (
 	"errors"
 	"fmt"
+
+	"forerun/data/fsmap/internal/layout"
 )
 
 // errNotRecord means that there is no file record where one could be.
@@ -282,7 +284,7 @@ func (v *volume) read(rs runs, p []byte, off int64) error {
 			return errors.New("a part of it is nowhere")
 		}
 		n := min(int64(len(p)), end-off)
-		if err := read(v.r, p[:n], r.to*v.cluster+off-start); err != nil {
+		if err := layout.Read(v.r, p[:n], r.to*v.cluster+off-start); err != nil {
 			return err
 		}
 		if p, off = p[n:], off+n; len(p) == 0 {

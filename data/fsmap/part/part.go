@@ -16,6 +16,8 @@ import (
 	"io"
 	"slices"
 	"unicode/utf16"
+
+	"forerun/data/fsmap/internal/layout"
 )
 
 // Table says which kind of table a disk has.
@@ -57,7 +59,7 @@ func Read(r io.ReaderAt, size int64, sector int) (Table, []Partition, error) {
 		return None, nil, nil
 	}
 	boot := make([]byte, 512)
-	if err := read(r, boot, 0); err != nil {
+	if err := layout.Read(r, boot, 0); err != nil {
 		return None, nil, err
 	}
 	mbr, isMBR := parseMBR(boot)
@@ -67,7 +69,7 @@ func Read(r io.ReaderAt, size int64, sector int) (Table, []Partition, error) {
 		if size < 2*int64(s) {
 			continue
 		}
-		if err := read(r, magic[:], int64(s)); err != nil {
+		if err := layout.Read(r, magic[:], int64(s)); err != nil {
 			return None, nil, err
 		}
 		if string(magic[:]) == gptMagic {
@@ -103,17 +105,6 @@ func trusted(p []Partition, err error) []Partition {
 		return nil
 	}
 	return p
-}
-
-func read(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("reading %d bytes at %d: %w", len(p), off, err)
 }
 
 type mbrEntry struct {
@@ -180,7 +171,7 @@ func readExtended(r io.ReaderAt, p Partition, base, sector int64) ([]Partition, 
 	b := make([]byte, 512)
 	at := base
 	for range maxLogical {
-		if err := read(r, b, at*sector); err != nil {
+		if err := layout.Read(r, b, at*sector); err != nil {
 			return nil, err
 		}
 		if b[510] != 0x55 || b[511] != 0xaa {
@@ -244,7 +235,7 @@ func readGPTHeader(r io.ReaderAt, size, sector int64, at uint64) (h gptHeader, e
 		return h, fmt.Errorf("a header of the GPT would be at sector %d, outside the disk", at)
 	}
 	b := make([]byte, sector)
-	if err := read(r, b, int64(at)*sector); err != nil {
+	if err := layout.Read(r, b, int64(at)*sector); err != nil {
 		return h, err
 	}
 	le := binary.LittleEndian
@@ -275,7 +266,7 @@ func (h *gptHeader) readEntries(r io.ReaderAt, size, sector int64) ([]byte, erro
 	b := make([]byte, h.count*h.length)
 	if off := int64(h.entries) * sector; off > size-int64(len(b)) {
 		return nil, errors.New("the entries of the GPT reach beyond the disk")
-	} else if err := read(r, b, off); err != nil {
+	} else if err := layout.Read(r, b, off); err != nil {
 		return nil, err
 	}
 	if crc32.ChecksumIEEE(b) != h.sum {

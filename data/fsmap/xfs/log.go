@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+
+	"forerun/data/fsmap/internal/layout"
 )
 
 // The log is a ring of 512-byte blocks. The first word of each block is the
@@ -34,7 +36,9 @@ type logRing struct {
 	n int64 // blocks of 512 bytes
 }
 
-func (l *logRing) read(b []byte, at int64) error { return read(l.r, b, l.logStart*l.block+at*logBlock) }
+func (l *logRing) read(b []byte, at int64) error {
+	return layout.Read(l.r, b, l.logStart*l.block+at*logBlock)
+}
 
 // lap is the lap of a block.
 func lap(b []byte) uint32 {

@@ -17,6 +17,8 @@ import (
 	"hash/crc32"
 	"io"
 	"math/bits"
+
+	"forerun/data/fsmap/internal/layout"
 )
 
 // ErrOther means that there is no such file system.
@@ -105,7 +107,7 @@ func (f *fs) super(size int64) error {
 		return ErrOther
 	}
 	b := make([]byte, minSector)
-	if err := read(f.r, b, 0); err != nil {
+	if err := layout.Read(f.r, b, 0); err != nil {
 		return err
 	}
 	if !Probe(b) {
@@ -114,21 +116,21 @@ func (f *fs) super(size int64) error {
 	f.uuid = [16]byte(b[32:48])
 	f.meta = f.uuid
 	u := f.uuid
-	f.Info = Info{Label: text(b[108:120]), UUID: fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])}
+	f.Info = Info{Label: layout.Text(b[108:120]), UUID: fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])}
 	f.block, f.sector = int64(be.Uint32(b[4:])), int64(be.Uint16(b[102:]))
 	version := be.Uint16(b[100:])
 	f.Info.Version, f.v5 = int(version&15), version&15 == 5
 	switch {
 	case f.Info.Version != 4 && !f.v5:
 		return fmt.Errorf("its version is %d, known are 4 and 5", f.Info.Version)
-	case !power(f.sector, 512, 32768) || !power(f.block, f.sector, 65536):
+	case !layout.Power(f.sector, 512, 32768) || !layout.Power(f.block, f.sector, 65536):
 		return fmt.Errorf("it has blocks of %d and sectors of %d bytes", f.block, f.sector)
 	}
 	if f.v5 {
 		if b = make([]byte, f.sector); size < f.sector {
 			return ErrOther
 		}
-		if err := read(f.r, b, 0); err != nil {
+		if err := layout.Read(f.r, b, 0); err != nil {
 			return err
 		}
 		if !sumAt(b, 224) {
@@ -191,7 +193,7 @@ func (f *fs) length(ag int64) int64 { return min(f.agBlocks, f.blocks-ag*f.agBlo
 func (f *fs) group(ag int64, emit func(off, n int64) error) (int64, error) {
 	b := make([]byte, f.sector)
 	start := ag * f.agBlocks * f.block
-	if err := read(f.r, b, start+f.sector); err != nil {
+	if err := layout.Read(f.r, b, start+f.sector); err != nil {
 		return 0, err
 	}
 	switch {
@@ -240,7 +242,7 @@ func (t *tree) walk(at int64, level int, first int64) error {
 	}
 	b := make([]byte, t.block)
 	off := (t.ag*t.agBlocks + at) * t.block
-	if err := read(t.r, b, off); err != nil {
+	if err := layout.Read(t.r, b, off); err != nil {
 		return err
 	}
 	head, want := int64(16), "ABTB"
@@ -296,26 +298,4 @@ func (t *tree) leaf(b []byte, first int64) error {
 		t.free += n
 	}
 	return nil
-}
-
-func power(n, lo, hi int64) bool { return n >= lo && n <= hi && n&(n-1) == 0 }
-
-func read(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || err == io.EOF {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("reading %d bytes at %d: %w", len(p), off, err)
-}
-
-func text(b []byte) string {
-	for i, c := range b {
-		if c == 0 {
-			return string(b[:i])
-		}
-	}
-	return string(b)
 }
