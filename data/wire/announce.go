@@ -129,15 +129,8 @@ func (c *sconn) tell(h header) error {
 		c.sess.told[v.handle] = told{}
 	}
 	c.wg.Go(func() {
-		ctx, cancel := context.WithCancel(c.ctx)
+		ctx, cancel := until(c.ctx, c.wg, c.done)
 		defer cancel()
-		c.wg.Go(func() {
-			select {
-			case <-c.done:
-			case <-ctx.Done():
-			}
-			cancel()
-		})
 		(&announcer{c: c, v: v}).run(ctx)
 	})
 	return nil
@@ -162,6 +155,21 @@ const (
 	announceIdle = 250 * time.Millisecond
 )
 
+// until is a context that also ends when done is closed; wg waits for who
+// watches that. The caller cancels it.
+func until(ctx context.Context, wg *sync.WaitGroup, done <-chan struct{}) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	wg.Go(func() {
+		select {
+		case <-done:
+		case <-ctx.Done():
+		}
+		cancel()
+	})
+	return ctx, cancel
+}
+
+// pause waits for d and says whether ctx lasted as long.
 func pause(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()

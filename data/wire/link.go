@@ -208,14 +208,7 @@ func (c *Client) keep(slot int, l *link) {
 }
 
 func (c *Client) sleep(d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-c.ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
+	return pause(c.ctx, d)
 }
 
 // run makes the connection part of the session, serves it until it ends, and

@@ -56,7 +56,6 @@ type change struct {
 
 // telling tells one connection of one site: everything, then what changes.
 type telling struct {
-	site *Site
 	wake chan struct{}
 
 	mu      sync.Mutex
@@ -101,7 +100,7 @@ const (
 // tell keeps the backend informed about a site over l until ctx ends. send
 // queues a frame and waits until there is little unsent before it.
 func (s *Site) tell(ctx context.Context, send func(typ frameType, flags uint8, ms []mark) bool) {
-	t := &telling{site: s, wake: make(chan struct{}, 1)}
+	t := &telling{wake: make(chan struct{}, 1)}
 	s.mu.Lock()
 	s.tells[t] = struct{}{}
 	s.mu.Unlock()
@@ -119,12 +118,8 @@ func (s *Site) tell(ctx context.Context, send func(typ frameType, flags uint8, m
 			return
 		case <-t.wake:
 		}
-		timer := time.NewTimer(tellEvery)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
+		if !pause(ctx, tellEvery) {
 			return
-		case <-timer.C:
 		}
 		cs, lost := t.take()
 		if lost {
@@ -244,15 +239,8 @@ const maxUntold = 8 << 10
 func (l *link) tell(so *siteOf) {
 	c := l.c
 	c.wg.Go(func() {
-		ctx, cancel := context.WithCancel(c.ctx)
+		ctx, cancel := until(c.ctx, &c.wg, l.done)
 		defer cancel()
-		c.wg.Go(func() {
-			select {
-			case <-l.done:
-			case <-ctx.Done():
-			}
-			cancel()
-		})
 		so.site.tell(ctx, func(typ frameType, flags uint8, ms []mark) bool {
 			for {
 				c.mu.Lock()
