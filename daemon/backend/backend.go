@@ -101,9 +101,8 @@ type served struct {
 	watch *fsmap.Watched         // what the file systems do not use; nil without dev or with NoFSMap
 	loss  *writeback.Loss        // guarded by Backend.mu: of an abort by force
 
-	chunkBytes int
-	cutter     *chunk.Cutter // nil: chunks are fixed
-	memory     *memory       // nil with dev
+	cutter *chunk.Cutter // nil: chunks are fixed
+	memory *memory       // nil with dev
 }
 
 // New checks cfg and returns the daemon, which has done nothing yet.
@@ -116,12 +115,9 @@ func New(cfg Config) (*Backend, error) {
 			return nil, fmt.Errorf("--%s is empty", m.flag)
 		}
 	}
-	switch cfg.QoS {
-	case "":
-		cfg.QoS = api.QoSLess
-	case api.QoSReady, api.QoSLess:
-	default:
-		return nil, fmt.Errorf("--qos %q is not known: ready or less", cfg.QoS)
+	var err error
+	if cfg.QoS, err = daemon.QoS(cfg.QoS); err != nil {
+		return nil, err
 	}
 	if cfg.ChunkBytes == 0 {
 		cfg.ChunkBytes = chunk.DefaultSize
@@ -232,7 +228,7 @@ func (b *Backend) openSources(ctx context.Context) error {
 			b.cfg.Log.Warn("the move of this volume was called off; its source is not opened (forerun discard forgets that)", "volume", v.Name)
 			continue
 		}
-		s := &served{spec: v, chunkBytes: v.ChunkBytes}
+		s := &served{spec: v}
 		dev, err := source.Open(ctx, v.Source, source.Options{
 			Log:      b.cfg.Log.With("volume", v.Name),
 			OnState:  func(why string) { s.away.Store(&why) },
@@ -287,14 +283,14 @@ func (b *Backend) lookup(volume string) (wire.Served, error) {
 			return wire.Served{}, err
 		}
 		s := b.open[volume]
-		return wire.Served{Device: dev, ChunkBytes: s.chunkBytes, Signatures: s.memory, Cutter: s.cutter}, nil
+		return wire.Served{Device: dev, ChunkBytes: s.spec.ChunkBytes, Signatures: s.memory, Cutter: s.cutter}, nil
 	}
 	dev, err := b.clone(name, clone)
 	if err != nil {
 		return wire.Served{}, err
 	}
 	// What is remembered is of the source as it is, not as it was when the clone began.
-	return wire.Served{Device: dev, ChunkBytes: b.open[name].chunkBytes, Cutter: b.open[name].cutter}, nil
+	return wire.Served{Device: dev, ChunkBytes: b.open[name].spec.ChunkBytes, Cutter: b.open[name].cutter}, nil
 }
 
 func (b *Backend) unknown(volume string) error {

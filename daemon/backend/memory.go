@@ -50,11 +50,11 @@ func (b *Backend) remember(s *served) error {
 	if err := disk.OS().MkdirAll(dir); err != nil {
 		return block.E("state", dir, block.KindNone, err)
 	}
-	size, unit := s.dev.Info().Size, int64(s.chunkBytes)
+	size, unit := s.dev.Info().Size, int64(s.spec.ChunkBytes)
 	log := b.cfg.Log.With("volume", s.spec.Name)
 	params, sum := "fixed", chunk.Sum
 	if *s.spec.Content {
-		if s.cutter, err = chunk.NewCutter(s.chunkBytes); err != nil {
+		if s.cutter, err = chunk.NewCutter(s.spec.ChunkBytes); err != nil {
 			return err
 		}
 		params, sum = "content 1", func(plain []byte) chunk.Sig { return s.cutter.Sum(&chunk.Key{}, plain) }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"forerun/api"
+	"forerun/daemon"
 	"forerun/data/export/nbd"
 	"forerun/data/replica"
 	"forerun/data/sched"
@@ -228,12 +229,9 @@ func (c *Config) check() error {
 	if err := c.checkBackends(); err != nil {
 		return err
 	}
-	switch c.QoS {
-	case "":
-		c.QoS = api.QoSLess
-	case api.QoSReady, api.QoSLess:
-	default:
-		return fmt.Errorf("--qos %q is not known: ready or less", c.QoS)
+	var err error
+	if c.QoS, err = daemon.QoS(c.QoS); err != nil {
+		return err
 	}
 	if err := c.checkPair(); err != nil {
 		return err
