@@ -436,10 +436,11 @@ func (s *Scheduler) Resume() {
 func (s *Scheduler) SetPaced(paced bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.window.opts.Target = s.opts.Target
+	target := s.opts.Target
 	if paced {
-		s.window.opts.Target = max(s.opts.Target, pacedTarget)
+		target = max(target, pacedTarget)
 	}
+	s.window.SetFar(paced, target)
 }
 
 // SetBackgroundRate limits background bytes a second on the link, live; 0 for no limit.

@@ -11,6 +11,7 @@ type Window struct {
 	opts  WindowOptions
 	bytes float64
 	start bool // slow start: double each round trip until a queue shows
+	far   bool // see SetFar
 
 	base    [baseSpans]time.Duration // smallest delay in each span
 	span    int
@@ -70,6 +71,25 @@ func (w *Window) Base() time.Duration {
 	return m
 }
 
+// SetFar says whether the queue is at the far end, where demand overtakes it and
+// the link is kept short of one. Then a window is only to keep that end busy: it
+// is aimed at a longer queue, on top of the time in which a connection
+// mends a loss, somebody who waits on the link changes nothing, and it
+// grows faster.
+func (w *Window) SetFar(far bool, target time.Duration) {
+	w.far, w.opts.Target = far, target
+	if far {
+		w.bytes = max(w.bytes, min(farStart, float64(w.opts.Max)))
+	}
+}
+
+const (
+	// farStart is the window to begin with, and farGrowth how many times what
+	// arrives is added to it in slow start: it has to stay ahead of the far end's.
+	farStart  = 1 << 20
+	farGrowth = 3
+)
+
 // Sample tells of an answer: how long after its request its first byte was
 // there, how many wire bytes it had, whether the window was what limited
 // (growing while it is not would promise what was never tried), and whether
@@ -106,7 +126,12 @@ func (w *Window) Sample(now time.Time, took time.Duration, bytes int64, limited,
 		return
 	}
 	target := w.opts.Target
-	if careful {
+	growth := 1.0
+	switch {
+	case w.far:
+		target += 2 * w.Base()
+		growth = farGrowth
+	case careful:
 		target /= carefulShare
 	}
 	off := max(1-float64(w.delay)/float64(target), -1)
@@ -127,7 +152,7 @@ func (w *Window) Sample(now time.Time, took time.Duration, bytes int64, limited,
 	case w.before > 0: // after a probe: over a few round trips, not in a burst
 		w.bytes = min(w.bytes+float64(bytes)/4, w.before)
 	case w.start && limited:
-		w.bytes += float64(bytes) // doubles in a round trip
+		w.bytes += growth * float64(bytes) // doubles in a round trip, or more
 	case off < 0 || limited:
 		w.bytes += off * step
 	}

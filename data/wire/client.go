@@ -346,6 +346,10 @@ func (c *Client) lost(l *link) {
 					e.charge = nil
 				}
 				on, also := e.on == l, e.also == l
+				if l.roams { // who knows what it was to bring
+					on = on || e.on != nil && e.on.roams
+					also = also || e.also != nil && e.also.roams
+				}
 				if also {
 					e.also = nil
 				}

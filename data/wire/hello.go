@@ -20,6 +20,11 @@ const (
 	maxVersion = 2
 )
 
+// featureRoams: the server may answer what was asked for on one background
+// connection on another one, whichever has room; when a background connection
+// ends, the client asks again for all background that it has not got.
+const featureRoams = 1 << 0
+
 // alpn is the application protocol in the TLS handshake (RFC 7301).
 const alpn = "forerun-wire"
 

@@ -155,6 +155,9 @@ func (c *carried) add(m mark) {
 	c.set[m] = struct{}{}
 }
 
+// forget is for a chunk that goes on another connection after all.
+func (c *carried) forget(m mark) { delete(c.set, m) }
+
 func (c *carried) has(m mark) bool {
 	_, ok := c.set[m]
 	return ok

@@ -35,6 +35,8 @@ type link struct {
 	rtt    rtt
 	frames atomic.Int64
 
+	roams bool // answers may come on it that were asked for on another one
+
 	partial map[partialKey]*partial // the reader's
 	served  bool                    // the reader's: it was of some use
 
@@ -112,7 +114,7 @@ func (c *Client) connect(ctx context.Context, slot, try int) (*link, error) {
 
 func (c *Client) greet(ctx context.Context, nc net.Conn, slot int) (*link, error) {
 	nc.SetDeadline(time.Now().Add(c.o.DialTimeout))
-	h := hello{min: minVersion, max: maxVersion, session: c.id, node: c.o.Node}
+	h := hello{min: minVersion, max: maxVersion, features: featureRoams, session: c.id, node: c.o.Node}
 	if slot > 0 {
 		h.role, h.index = roleBackground, uint8(slot-1)
 	}
@@ -137,6 +139,7 @@ func (c *Client) greet(ctx context.Context, nc net.Conn, slot int) (*link, error
 	c.mu.Lock()
 	c.ports = w
 	c.mu.Unlock()
+	l.roams = slot > 0 && w.features&featureRoams != 0
 	l.credit, l.server, l.ping = int(min(w.credit, 1<<20)), w.node, c.o.Ping
 	if w.idle > 0 {
 		l.ping = max(min(l.ping, w.idle/4), 10*time.Millisecond)

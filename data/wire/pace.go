@@ -1,6 +1,9 @@
 package wire
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // pacer says how fast a session's background may go so that the link is full
 // and its queue is short. It listens to what the kernel measures anyway, the
@@ -9,7 +12,8 @@ import "time"
 //	startup → (drain → cruise)
 //
 // In startup it allows twice what arrives, as slow start does, until the round
-// trip shows a queue. In drain it lets that queue pass. In cruise the rate is
+// trip shows a queue; while nobody reads on demand so much that the connections'
+// own slow start is what limits. In drain it lets that queue pass. In cruise the rate is
 // what the path was seen to deliver, corrected in proportion to how far the
 // queue is from its target: a queue above it is drained within a few round
 // trips, and without one the rate grows.
@@ -82,8 +86,12 @@ const (
 	paceCareful = 5 * time.Second
 	// paceQuantum is the least that is written at once, bytes.
 	paceQuantum = 4 << 10
-	// paceStart is what a new path is tried with, bytes a second.
+	// paceStart is what a new path is tried with, bytes a second, while somebody reads.
 	paceStart = 512 << 10
+	// paceFree is how many times what arrives is allowed in startup while nobody
+	// reads on demand. What arrives is known a round trip late and as a mean over
+	// another one: a slow start that doubles in each is 6 times ahead of it.
+	paceFree = 8
 )
 
 // target is the queue that is aimed at: a tenth of the round trip, between
@@ -91,7 +99,7 @@ const (
 // while somebody reads on demand, who would wait in it.
 func (p *pacer) target() time.Duration {
 	t := min(max(p.baseRTT()/10, 4*time.Millisecond), 20*time.Millisecond)
-	if p.sampled.Sub(p.demand) < paceCareful {
+	if p.careful() {
 		t /= 2
 	}
 	t += p.noise * 3 / 2          // no queue can be told from noise below that
@@ -165,11 +173,15 @@ func (p *pacer) sample(now time.Time, rtt time.Duration, arrived int64) {
 		if d < 4*p.baseRTT()+time.Second {
 			r := float64(arrived-p.markBytes) / d.Seconds()
 			p.best[p.newest] = r
-			if p.low > p.target()/4 {
-				if p.full == 0 || r > 1.25*p.full || r < p.full/1.25 {
+			if p.low > p.target()/4 && p.state == paceCruise {
+				switch {
+				case p.full == 0 || r > 1.25*p.full:
 					p.full = r
+				case r < p.full/1.25:
+					p.full += (r - p.full) / 2
+				default:
+					p.full += (r - p.full) / 4
 				}
-				p.full += (r - p.full) / 4
 			}
 		} // else nothing was sent for a while; it says nothing about the path
 		p.markAt, p.markBytes, p.low = now, arrived, p.delay()
@@ -183,6 +195,27 @@ func (p *pacer) sample(now time.Time, rtt time.Duration, arrived int64) {
 	p.step(now, round)
 }
 
+// startup is how many times what arrives is allowed in startup.
+func (p *pacer) startup() float64 {
+	if p.careful() {
+		return 2
+	}
+	return paceFree
+}
+
+// careful says whether somebody read on demand lately.
+func (p *pacer) careful() bool { return p.sampled.Sub(p.demand) < paceCareful }
+
+// heap is how many bytes may lie unsent in the kernel before no more is written
+// to a connection: its window is shut, and what is written to it meanwhile leaves
+// at once when it opens. In startup the windows are what limits.
+func (p *pacer) heap() int {
+	if p.state == paceStartup {
+		return math.MaxInt
+	}
+	return max(64<<10, int(p.rate*paceBurst.Seconds()))
+}
+
 func (p *pacer) step(now time.Time, round bool) {
 	c, off := p.capacity(), float64(p.target()-p.delay())/float64(p.horizon())
 	switch p.state {
@@ -192,7 +225,7 @@ func (p *pacer) step(now time.Time, round bool) {
 			p.step(now, round)
 			return
 		}
-		p.rate = max(p.rate, 2*c)
+		p.rate = max(p.rate, p.startup()*c)
 		return
 	case paceDrain:
 		if p.above > 0 && now.Before(p.drainEnd) {
@@ -231,7 +264,7 @@ func (p *pacer) step(now time.Time, round bool) {
 func (p *pacer) fill(now time.Time) {
 	p.rate = max(p.rate, paceMin)
 	if p.last.IsZero() {
-		p.rate = max(p.rate, paceStart)
+		p.rate = max(p.rate, paceStart*p.startup()/2)
 	}
 	if d := now.Sub(p.last).Seconds(); !p.last.IsZero() && d > 0 {
 		p.tokens = min(p.tokens+d*p.rate, max(p.rate*paceBurst.Seconds(), paceQuantum))

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/binary"
+	"slices"
 	"time"
 
 	"forerun/internal/chunk"
@@ -13,6 +14,9 @@ const sendBatch = 64 << 10
 // stale is how long demand may be under way without any progress before
 // background stops waiting for it: that client is not reading.
 const stale = 500 * time.Millisecond
+
+// shutWindow is how soon it is looked again whether a connection takes more.
+const shutWindow = 3 * time.Millisecond
 
 // send writes what is due, until the connection ends. Control frames go
 // first, also between the pieces of a chunk.
@@ -58,6 +62,9 @@ func (c *sconn) send() {
 			buf = appendFrame(buf, header{typ: tPong}, binary.BigEndian.AppendUint64(nil, c.pong))
 		}
 		leaving := c.leaving
+		if cur == nil && len(c.out) == 0 && !leaving {
+			s.relieve(c)
+		}
 		data := cur != nil || len(c.out) > 0 || c.hints != nil
 		if data && !leaving {
 			switch wait, quantum = s.yield(c, cur); {
@@ -124,6 +131,51 @@ func (c *sconn) send() {
 	}
 }
 
+// relieve lets c, which has nothing to send, take over a chunk that waits on
+// another connection of its session: one whose window is small, after losses,
+// must not hold up what others have room for. Server.mu is held.
+func (s *Server) relieve(c *sconn) {
+	if !c.roams {
+		return
+	}
+	var from *sconn
+	for _, o := range c.sess.conns[1:] {
+		if o != nil && o.roams && len(o.out) > 1 && (from == nil || len(o.out) > len(from.out)) {
+			from = o
+		}
+	}
+	if from == nil {
+		return
+	}
+	// The last one that carries bytes: those before it may be referred to by what follows them.
+	at := len(from.out) - 1
+	for at > 0 && (from.out[at].packed.Codec == chunk.Known || from.out[at].packed.Codec == chunk.Zeros) {
+		at--
+	}
+	j := from.out[at]
+	refers := func(o *job) bool { return o.packed.Codec == chunk.Known && o.packed.Sig == j.packed.Sig }
+	if at == 0 || c.volumes[j.vol.handle] == nil || slices.ContainsFunc(from.out[at+1:], refers) {
+		return
+	}
+	s.stats.Relieved++
+	s.move(j, c)
+	s.dispatch()
+}
+
+// move puts a chunk that is ready on another connection. Server.mu is held.
+func (s *Server) move(j *job, to *sconn) {
+	from := j.target
+	if i := slices.Index(from.out, j); i >= 0 {
+		from.out = slices.Delete(from.out, i, i+1)
+	}
+	if j.vol.view != nil {
+		from.carried.forget(markOf(&j.packed.Sig))
+	}
+	s.aim(j, to)
+	to.out = append(to.out, j)
+	to.poke()
+}
+
 // yield says how long background on c waits, for demand and for its pace; 0:
 // it may go, up to so many bytes in one write. Server.mu is held.
 func (s *Server) yield(c *sconn, cur *job) (wait time.Duration, quantum int) {
@@ -136,6 +188,9 @@ func (s *Server) yield(c *sconn, cur *job) (wait time.Duration, quantum int) {
 	if ss.paced {
 		ss.look(now)
 		wait, quantum = ss.pace.wait(now), ss.pace.quantum()
+		if wait == 0 && c.unsent > ss.pace.heap() {
+			wait = shutWindow
+		}
 		if len(c.out) > 0 {
 			floor = max(floor, ss.pace.floor(len(c.out[0].packed.Data)))
 		}

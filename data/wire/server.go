@@ -343,10 +343,11 @@ func (s *Server) hello(ctx context.Context, wg *sync.WaitGroup, nc net.Conn, tc 
 		return refuse(err)
 	}
 	s.o.Socket.apply(nc, h.role)
+	c.roams = c.role == roleBackground && h.features&featureRoams != 0
 	if err := s.attach(c, h.session); err != nil {
 		return refuse(err)
 	}
-	w := welcome{version: version, credit: uint32(s.o.Credit), idle: s.o.Idle, node: s.o.Node,
+	w := welcome{version: version, features: h.features & featureRoams, credit: uint32(s.o.Credit), idle: s.o.Idle, node: s.o.Node,
 		backgroundPort: s.o.BackgroundPort, writeBackPort: s.o.WriteBackPort, paced: c.tcp != nil && !s.o.Ready}
 	if _, err := tc.Write(appendWelcome(nil, w)); err != nil {
 		s.detach(c)

@@ -74,6 +74,7 @@ type sconn struct {
 	carried     carried
 	pongDue     bool
 	pong        uint64
+	roams       bool       // it may take over what was asked for on another one
 	tcp         *tcpSocket // nil: the kernel does not tell
 	unsent      int        // as tcp said last
 	arrived     int64      // bytes acknowledged, of what tcp said last
@@ -281,13 +282,13 @@ func (c *sconn) open(h header, p []byte) error {
 		if err == nil {
 			v.view = c.sess.view(v.site)
 			c.volumes[h.volume] = v
+			// At once: chunks of the volume may be sent here from now on.
+			c.sayLocked(appendFrame(nil, header{typ: tVolume, volume: h.volume, req: h.req}, appendVolume(nil, v.volumeInfo)))
 		}
 		c.s.mu.Unlock()
 		if err != nil {
 			c.fail(h, err)
-			return
 		}
-		c.say(appendFrame(nil, header{typ: tVolume, volume: h.volume, req: h.req}, appendVolume(nil, v.volumeInfo)))
 	})
 }
 

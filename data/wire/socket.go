@@ -25,6 +25,12 @@ type SocketOptions struct {
 	NotSentLowat int
 }
 
+// bulkWindow is how many bytes a connection that sends in bulk may keep in the
+// kernel until they are acknowledged: a gigabit a second for 200 ms, that again
+// while something lost is sent again, and what the kernel adds. What has not left
+// yet is bounded by NotSentLowat all the same.
+const bulkWindow = 128 << 20
+
 // Apply sets the options on nc, if it is a TCP connection, for what a class sends.
 func (o SocketOptions) Apply(nc net.Conn, class block.Flags) {
 	tc, ok := nc.(*net.TCPConn)
@@ -45,7 +51,7 @@ func (o SocketOptions) Apply(nc net.Conn, class block.Flags) {
 	case block.Background:
 		dscp = o.BackgroundDSCP
 	}
-	o.system(tc, dscp)
+	o.system(tc, dscp, class != block.Demand)
 }
 
 func (o SocketOptions) apply(nc net.Conn, r connRole) {

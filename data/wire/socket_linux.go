@@ -26,7 +26,7 @@ func Listen(ctx context.Context, addr string) (net.Listener, error) {
 	return c.Listen(ctx, "tcp", addr)
 }
 
-func (o SocketOptions) system(tc *net.TCPConn, dscp int) {
+func (o SocketOptions) system(tc *net.TCPConn, dscp int, bulk bool) {
 	rc, err := tc.SyscallConn()
 	if err != nil {
 		return
@@ -39,6 +39,11 @@ func (o SocketOptions) system(tc *net.TCPConn, dscp int) {
 			// One of the two is the socket's family; the other refuses.
 			unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, dscp<<2)
 			unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_TCLASS, dscp<<2)
+		}
+		if bulk {
+			// Without the right to, the kernel's own bound stays, and more
+			// connections have to make up for it.
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, bulkWindow/2) // it doubles that
 		}
 		if o.Congestion != "" {
 			unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, o.Congestion)

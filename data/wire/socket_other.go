@@ -12,7 +12,7 @@ func Listen(ctx context.Context, addr string) (net.Listener, error) {
 	return (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
 }
 
-func (o SocketOptions) system(*net.TCPConn, int) {}
+func (o SocketOptions) system(*net.TCPConn, int, bool) {}
 
 type tcpSocket struct{}
 

@@ -73,6 +73,7 @@ type ServerStats struct {
 	FloorInterval        time.Duration // a background chunk waits no longer for demand
 	SendQueueBytes       int64         // between source and socket
 	Yielded              int64         // times background waited for demand or for its pace
+	Relieved             int64         // background chunks that went on another connection than they were asked for on
 	SourceDelay          time.Duration // of reads of the busiest source, lately
 	// Codecs are the chunks sent, by codec.
 	Codecs [chunk.Branch + 1]CodecStats

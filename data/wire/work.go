@@ -153,12 +153,7 @@ func (s *Server) retarget(j *job, to *sconn, level uint8) bool {
 	case running:
 		s.aim(j, to)
 	case ready:
-		if i := slices.Index(j.target.out, j); i >= 0 {
-			j.target.out = slices.Delete(j.target.out, i, i+1)
-		}
-		s.aim(j, to)
-		to.out = append(to.out, j)
-		to.poke()
+		s.move(j, to)
 	}
 	return true
 }
@@ -463,6 +458,13 @@ func (s *Server) ready(j *job, p chunk.Packed, bytes *lease) {
 	j.state, j.packed, j.bytes = ready, p, bytes
 	to.out = append(to.out, j)
 	to.poke()
+	if to.roams && len(to.out) > 1 {
+		for _, c := range j.sess.conns[1:] {
+			if c != nil && c.roams && len(c.out) == 0 {
+				c.poke() // it may take over something
+			}
+		}
+	}
 }
 
 func (s *Server) unreadable(j *job, err error) {
