@@ -127,7 +127,7 @@ func (c *Cache) promote(i int64, plain []byte, f found) {
 }
 
 // Put offers the plain bytes of a chunk. With class Background it takes only
-// room that is free.
+// room that is free, and in scratch only what is wanted Soon.
 func (c *Cache) Put(i int64, plain []byte, f block.Flags) {
 	if len(plain) == 0 || len(plain) > c.opt.ChunkBytes {
 		return
@@ -135,6 +135,9 @@ func (c *Cache) Put(i int64, plain []byte, f block.Flags) {
 	background := f.Class() == block.Background
 	if c.scratch == nil || c.scratch.isOff() {
 		c.mem.put(key{c.owner, i}, plain, background)
+		return
+	}
+	if background && !f.Has(block.Soon) {
 		return
 	}
 	c.scratch.put(i, plain, background)

@@ -119,11 +119,19 @@ func TestBackgroundTakesOnlyFreeRoom(t *testing.T) {
 			t.Fatalf("%+v: free room was not used, or more than that", o)
 		}
 	}
+	// What the sweep brings is worth room in memory, but not a write.
+	for _, o := range []Options{{MemoryBytes: 8 * cb}, {ScratchBytes: 8 * cb}} {
+		c := open(t, disktest.New(1), o)
+		c.Put(1, plain(1, cb), block.Background)
+		if got, want := hit(t, c, 1, 0, 512), o.ScratchBytes == 0; got != want {
+			t.Errorf("%+v: a chunk of the sweep is kept: %v", o, got)
+		}
+	}
 	// Demand drives out the background's first.
 	c := open(t, disktest.New(1), Options{ScratchBytes: 8 * cb})
 	for i := range int64(4) {
 		c.Put(i, plain(i, cb), block.Demand)
-		c.Put(100+i, plain(100+i, cb), block.Background)
+		c.Put(100+i, plain(100+i, cb), block.Background|block.Soon)
 	}
 	for i := range int64(4) {
 		c.Put(10+i, plain(10+i, cb), block.Demand)
@@ -279,7 +287,7 @@ func TestAgainstTwin(t *testing.T) {
 				if put[i] == nil {
 					put[i] = plain(int64(r.Uint32()), 16<<10)
 				}
-				c.Put(i, put[i], []block.Flags{block.Demand, block.Background}[r.IntN(2)])
+				c.Put(i, put[i], []block.Flags{block.Demand, block.Background, block.Background | block.Soon}[r.IntN(3)])
 			default:
 				off := r.IntN(32) * 512
 				p := make([]byte, 512*(1+r.IntN(32-off/512)))

@@ -7,7 +7,9 @@
 //
 // What demand brings goes to scratch, and to memory when it is touched again;
 // without scratch it goes to memory at once. What the background brings takes
-// only room that is free: it never drives out what demand brought.
+// only room that is free: it never drives out what demand brought. Scratch takes
+// of it what is expected to be read soon: a write of plain bytes costs more than
+// to unpack the chunk when it is read, and most of a disk never is.
 //
 // Memory follows S3-FIFO (Yang et al., "FIFO Queues are All You Need for Cache
 // Eviction", SOSP 2023): a small queue for what is new, a main queue for what was

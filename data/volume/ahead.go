@@ -16,7 +16,8 @@ import (
 type ahead struct {
 	v     *Volume
 	ctx   context.Context
-	marks [256]atomic.Int64 // chunk+1, at the chunk modulo 256
+	marks [256]atomic.Int64  // chunk+1, at the chunk modulo 256
+	soon  [1024]atomic.Int64 // chunks on their way for it: chunk+1, at the chunk modulo 1024
 
 	mu      sync.Mutex
 	streams []stream
@@ -59,6 +60,12 @@ func (a *ahead) reached(from, to int64) {
 	}
 }
 
+// brought says whether a chunk that arrived was asked for here lately.
+func (a *ahead) brought(i int64) bool {
+	m := &a.soon[i&1023]
+	return m.Load() == i+1 && m.CompareAndSwap(i+1, 0)
+}
+
 // missed is told of a demand read of the chunks [from, to] that starts or
 // continues a run, and asks for what follows.
 func (a *ahead) missed(from, to int64) {
@@ -82,6 +89,9 @@ func (a *ahead) missed(from, to int64) {
 	case a.slots <- struct{}{}:
 	default:
 		return
+	}
+	for _, i := range idx {
+		a.soon[i&1023].Store(i + 1)
 	}
 	a.wg.Add(1)
 	go func() {

@@ -48,8 +48,10 @@ func (v *Volume) Deliver(i int64, p chunk.Packed) error {
 	}
 	v.n.delivered.Add(1)
 	f := block.Background
-	if v.hand(i, *buf) {
+	if soon := v.ahead.brought(i); v.hand(i, *buf) {
 		f = block.Demand
+	} else if soon {
+		f |= block.Soon
 	}
 	mu := &v.arrive[i%arrivals]
 	mu.Lock()
