@@ -15,7 +15,7 @@ import (
 // a goroutine, but for the two results, which are read without a lock.
 //
 // Each background chunk that was packed is a sample: how long it took, what
-// it became, and whether its connection had others ready. How much of the time
+// it became, and whether as much was ready to be sent as was not. How much of the time
 // all places for packing were taken tells whether packing is what limits:
 // chunks that wait for a place or come when nothing else is ready tell little,
 // since they are asked for, and read, by the dozen. After a quarter of a second
@@ -24,8 +24,10 @@ import (
 //   - The machine has no processor to spare, whoever keeps them busy: one level
 //     down, though not below zstd's fastest.
 //   - The places for packing are taken nearly all the time and the link is not
-//     full, or packing takes more than cores processors: one level down. The
-//     level that was left is not tried again for a while, longer each time.
+//     full, or packing takes more than cores processors, or the machine has no
+//     processor to spare while chunks wait to be packed for a link that is not full:
+//     one level down. The level that was left is not tried again for a while,
+//     longer each time.
 //   - Else, if the link is full, and the next level would keep fewer than cores
 //     busy at the rate at which packed bytes leave now: one level up.
 //
@@ -40,7 +42,8 @@ type chooser struct {
 	began  time.Time // of the samples
 	n      int
 	held   time.Duration // at began; see sample
-	behind int           // the connection had others to send
+	behind int           // the link was
+	queue  int           // others were waiting to be read
 	plain  int64
 	packed int64
 	took   time.Duration
@@ -53,7 +56,8 @@ type chooser struct {
 	// Means over the time that decisions look back over.
 	seen             int     // decisions
 	busy, taken, out float64 // processors kept busy; share of the time places were taken; packed bytes a second
-	full             float64 // share of the chunks that found others ready
+	full             float64 // share of the chunks that found the link behind
+	wanted           float64 // share of those that left others to be read and packed
 	spare            float64 // processors of the machine that had nothing to do
 
 	// idle says how many processors had nothing to do since it was asked last;
@@ -70,7 +74,8 @@ type sample struct {
 	plain, packed int
 	took          time.Duration // of a processor, signing and packing
 	held          time.Duration // that places for packing were taken, of all sessions and since ever, a place
-	behind        bool          // its connection has others to send
+	behind        bool          // what is ready waits for the link
+	queue         bool          // others wait to be read and packed
 }
 
 const (
@@ -140,6 +145,9 @@ func (c *chooser) add(now time.Time, s sample) {
 	if s.behind {
 		c.behind++
 	}
+	if s.queue {
+		c.queue++
+	}
 	if d := now.Sub(c.began); d >= chooseEvery {
 		c.decide(now, (s.held-c.held).Seconds()/d.Seconds())
 		c.reset()
@@ -147,7 +155,7 @@ func (c *chooser) add(now time.Time, s sample) {
 }
 
 func (c *chooser) reset() {
-	c.n, c.behind, c.plain, c.packed, c.took = 0, 0, 0, 0, 0
+	c.n, c.behind, c.queue, c.plain, c.packed, c.took = 0, 0, 0, 0, 0, 0
 }
 
 // decide takes the share of the time that places for packing were taken.
@@ -165,11 +173,12 @@ func (c *chooser) decide(now time.Time, taken float64) {
 	busy := mean(&c.busy, c.took.Seconds()/seconds)
 	taken = mean(&c.taken, taken)
 	rate := mean(&c.out, float64(c.packed)/seconds)
-	// Where most chunks find others ready the link is full, however long they took.
+	// Where most chunks find so much ready the link is full, however long they took.
 	full := mean(&c.full, float64(c.behind)/float64(max(n, 1))) > 0.5
 	if full {
 		c.rate = rate
 	}
+	wanted := mean(&c.wanted, float64(c.queue)/float64(max(n, 1))) > 0.5
 	short, room := false, c.cores // of what the whole machine has
 	if c.idle != nil {
 		if n, ok := c.idle(); ok {
@@ -180,7 +189,7 @@ func (c *chooser) decide(now time.Time, taken float64) {
 	scale := func(by float64) { c.busy *= by; c.taken = min(c.taken*by, 1) }
 	c.demand.Store(uint32(c.quickest(level)))
 	switch {
-	case level > chunk.Quick && (taken > mostTaken && !full || busy > c.cores*1.2 || short && level > chunk.Fast):
+	case level > chunk.Quick && (taken > mostTaken && !full || busy > c.cores*1.2 || short && (level > chunk.Fast || wanted && !full)):
 		if now.Sub(c.rose) > restMost {
 			c.rest[level] = 0 // it was right for long
 		}

@@ -15,6 +15,7 @@ type packWorld struct {
 	cores  float64 // processors that pack
 	second float64 // seconds a plain byte takes at levelCost 1
 	noise  bool    // nothing packs, and that is noticed at once
+	asked  bool    // no more is asked for than the link carries
 
 	held    time.Duration
 	changes int
@@ -43,7 +44,7 @@ func (w *packWorld) run(d time.Duration) {
 		w.now = w.now.Add(step)
 		w.visited[l] += step
 		w.held += time.Duration(pack * 1e9)
-		w.c.add(w.now, sample{plain, int(packed), time.Duration(cost * 1e9), w.held, send >= pack})
+		w.c.add(w.now, sample{plain, int(packed), time.Duration(cost * 1e9), w.held, send >= pack, !w.asked || pack > send})
 		if w.c.at(1) != l {
 			w.changes++
 		}
@@ -133,12 +134,32 @@ func TestChooserLeavesTheMachineToOthers(t *testing.T) {
 	}
 }
 
+// TestChooserOnABusyMachine: where nobody has time and the link is not full what
+// is packed least is there first; but not where little is asked for, because of a limit.
+func TestChooserOnABusyMachine(t *testing.T) {
+	for _, x := range []struct {
+		queue bool
+		want  chunk.Level
+	}{{true, chunk.Quick}, {false, chunk.Fast}} {
+		c := newChooser(chunk.Raw, false)
+		c.cores, c.idle = 1.2, func() (float64, bool) { return 0, true }
+		now := time.Unix(0, 0)
+		for range 3000 { // a chunk every 2 ms takes 1.5 ms, half of the time of two places
+			now = now.Add(2 * time.Millisecond)
+			c.add(now, sample{64 << 10, 25 << 10, 1500 * time.Microsecond, now.Sub(time.Unix(0, 0)) / 2, false, x.queue})
+		}
+		if l := c.at(1); l != x.want {
+			t.Errorf("others waiting %v: at %v, want %v", x.queue, l, x.want)
+		}
+	}
+}
+
 func TestChooserTakesSilenceForNothing(t *testing.T) {
 	c := newChooser(chunk.Raw, false)
 	now := time.Unix(0, 0)
 	for range 100 { // a chunk now and then says nothing of the link
 		now = now.Add(time.Minute)
-		c.add(now, sample{64 << 10, 20 << 10, time.Millisecond, now.Sub(time.Unix(0, 0)), false})
+		c.add(now, sample{64 << 10, 20 << 10, time.Millisecond, now.Sub(time.Unix(0, 0)), false, false})
 	}
 	if l := c.at(1); l != firstLevel {
 		t.Errorf("at %v", l)

@@ -353,8 +353,12 @@ func (s *Server) seal(j *job, plain []byte, buf *lease, class int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if class == 1 && out != nil && j.state == running {
+		// The link is behind when at least half of what is between queue and socket
+		// waits for it, with what is being sent; else packing is.
+		ready := len(j.target.out)
+		behind := ready > 0 && 2*(ready+1)*j.vol.chunk >= j.target.inflight
 		j.sess.pack.add(time.Now(), sample{len(plain), len(p.Data), took,
-			time.Duration(s.held.Load()), len(j.target.out) > 0})
+			time.Duration(s.held.Load()), behind, s.q.waiting(2, numLevels) > 0})
 	}
 	s.ready(j, p, out)
 }
