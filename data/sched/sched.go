@@ -41,6 +41,9 @@ type Options struct {
 	Floor int
 	// Limiter bounds the background of several schedulers together; nil: nothing does.
 	Limiter *Limiter
+	// Here, if set, says that a chunk need not be fetched any more: what background
+	// asked for may turn out to be here while it waits. It must not block.
+	Here func(i int64) bool
 	// Ready says that the network keeps background from hurting demand: the
 	// window is MaxWindow.
 	Ready bool
@@ -247,8 +250,27 @@ func (s *Scheduler) dispatch(now time.Time) {
 				return
 			}
 		}
-		s.send(now, batch, r)
+		if batch = s.without(batch); len(batch) > 0 {
+			s.send(now, batch, r)
+		}
 	}
+}
+
+// without ends the wait for those of a background batch that are here by now,
+// and returns the others. s.mu is held.
+func (s *Scheduler) without(batch []int64) []int64 {
+	if s.opts.Here == nil {
+		return batch
+	}
+	kept := batch[:0]
+	for _, i := range batch {
+		if fl := s.flights[i]; fl != nil && !fl.full && s.opts.Here(i) {
+			s.end(i, nil)
+			continue
+		}
+		kept = append(kept, i)
+	}
+	return kept
 }
 
 func (s *Scheduler) demandActive(now time.Time) bool {
@@ -398,9 +420,16 @@ func (s *Scheduler) finish(i int64, err error) {
 	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.end(i, err) {
+		s.dispatch(now)
+	}
+}
+
+// end is finish with s.mu held; it says whether anybody waited.
+func (s *Scheduler) end(i int64, err error) bool {
 	fl := s.flights[i]
 	if fl == nil {
-		return
+		return false
 	}
 	s.q.Done(i)
 	delete(s.flights, i)
@@ -413,7 +442,7 @@ func (s *Scheduler) finish(i int64, err error) {
 			close(c.done)
 		}
 	}
-	s.dispatch(now)
+	return true
 }
 
 // Pause holds the sweep back; demand and read-ahead go on.

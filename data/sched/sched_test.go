@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -360,6 +361,40 @@ func TestASignatureThatDoesNotHelp(t *testing.T) {
 			}
 		}
 		if st := s.Stats(); st.Repaired != 20 || st.Corrupt != 0 || l.demand == 0 {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+// TestWhatIsHereMeanwhileIsNotAskedFor: background that waits for the link and
+// turns out to be here is over, and nothing of it crosses; demand is always asked for.
+func TestWhatIsHereMeanwhileIsNotAskedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLine(40*time.Millisecond, 1e6, 20<<10)
+		var here atomic.Bool
+		s := New(l, func(int64, chunk.Packed) error { return nil }, Options{Here: func(i int64) bool { return here.Load() && i >= 100 }})
+		defer s.Close()
+		var g sync.WaitGroup
+		g.Go(func() {
+			if err := s.Fetch(context.Background(), run(0, 1000), block.Background); err != nil {
+				t.Error(err)
+			}
+		})
+		time.Sleep(100 * time.Millisecond)
+		here.Store(true)
+		if err := s.Fetch(context.Background(), run(500, 3), block.Demand); err != nil {
+			t.Error(err)
+		}
+		g.Wait()
+		for i, n := range l.asked {
+			if i >= 150 && (i < 500 || i > 502) || n != 1 {
+				t.Errorf("chunk %d was asked for %d times", i, n)
+			}
+		}
+		if l.asked[500] != 1 || l.asked[99] != 1 {
+			t.Error("what is not here was not asked for")
+		}
+		if st := s.Stats(); st.Delivered < 100 || st.Delivered > 160 {
 			t.Errorf("%+v", st)
 		}
 	})

@@ -236,7 +236,8 @@ func openSource(m Meta, o Options) (s *sourceSide, err error) {
 		Store: o.Store, Key: o.Key, Tier: s.cache, SkipFree: o.SkipFree, Log: o.Log}); err != nil {
 		return s, err
 	}
-	s.sched = sched.New(s.link, s.volume.Deliver, sched.Options{ChunkBytes: m.ChunkBytes, Limiter: o.Limiter, Ready: o.Ready})
+	s.sched = sched.New(s.link, s.volume.Deliver, sched.Options{ChunkBytes: m.ChunkBytes, Limiter: o.Limiter, Ready: o.Ready,
+		Here: s.volume.Here})
 	s.volume.SetRemote(remote{s.sched, s.link})
 	if s.tracker, err = converge.OpenTracker(o.FS, path.Join(o.Dir, marksName), block.NewChecked("map "+m.Volume, s.volume),
 		converge.TrackerOptions{BootID: bootID(), Log: o.Log}); err != nil {

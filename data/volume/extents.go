@@ -158,6 +158,9 @@ func (v *Volume) ask(ctx context.Context, from, to int64, f block.Flags) (next i
 	return next, nil
 }
 
+// Here says whether nothing of chunk i has to be fetched. It does not block.
+func (v *Volume) Here(i int64) bool { return !absent(v.table.nib(i)) }
+
 // Absent appends to dst up to limit chunks, from the given one on in order,
 // that only the source has and that are wanted: neither held nor zero nor free
 // nor overwritten whole.
