@@ -68,6 +68,7 @@ func (c *sconn) send() {
 		data := cur != nil || len(c.out) > 0 || c.hints != nil
 		if data && !leaving {
 			switch wait, quantum = s.yield(c, cur); {
+			case wait == 0 && cur == nil && c.hints == nil && c.gather(&wait):
 			case wait > 0 || cur != nil:
 			case c.hints != nil:
 				buf = c.takeHints(buf)
@@ -130,6 +131,34 @@ func (c *sconn) send() {
 		}
 	}
 }
+
+// gatherFor is how long signatures are waited for that go into the same frame.
+const gatherFor = 2 * time.Millisecond
+
+// gather says whether a background frame of signatures should wait for more, and
+// how long: there are only signatures to send, and the connection has others in
+// work. A frame, a record and a packet for each would be twice the bytes.
+// Server.mu is held.
+func (c *sconn) gather(wait *time.Duration) bool {
+	n := len(c.out)
+	if c.role == roleDemand || n == 0 || n >= gatherMost || c.out[0].packed.Codec != chunk.Known ||
+		c.out[n-1].packed.Codec != chunk.Known || c.inflight <= n*c.out[0].vol.chunk {
+		c.gathers = time.Time{}
+		return false
+	}
+	now := time.Now()
+	if c.gathers.IsZero() {
+		c.gathers = now
+	}
+	if *wait = gatherFor - now.Sub(c.gathers); *wait <= 0 {
+		*wait, c.gathers = 0, time.Time{}
+		return false
+	}
+	return true
+}
+
+// gatherMost is how many signatures are enough for a frame.
+const gatherMost = 32
 
 // relieve lets c, which has nothing to send, take over a chunk that waits on
 // another connection of its session: one whose window is small, after losses,

@@ -74,6 +74,7 @@ type sconn struct {
 	carried     carried
 	pongDue     bool
 	pong        uint64
+	gathers     time.Time  // since when signatures wait for more
 	roams       bool       // it may take over what was asked for on another one
 	tcp         *tcpSocket // nil: the kernel does not tell
 	unsent      int        // as tcp said last

@@ -76,6 +76,9 @@ func (s *Server) ask(c *sconn, v *servedVolume, req uint64, index int64, f block
 	}
 	j := &job{key: k, sess: ss, charge: c, vol: v, flags: f}
 	j.item = item{level: levelOf(f), volume: v.handle, index: index, of: j}
+	if t := ss.told[v.handle]; t != nil {
+		t.set(index) // the answer will tell
+	}
 	ss.jobs[k] = j // one that is being sent on a dying connection loses its place
 	c.outstanding++
 	to := c
@@ -257,44 +260,51 @@ func (s *Server) dispatch() {
 // work answers a run of chunks: from memory those whose content the client
 // has, and the others by reading and sealing them.
 func (s *Server) work(c *sconn, batch []*job, class int) {
-	for len(batch) > 0 {
-		n := 0
-		for n < len(batch) && !s.remembered(batch[n]) {
-			n++
+	known := make([]chunk.Packed, len(batch)) // codec Raw: not known
+	for i, j := range batch {
+		known[i] = j.remembered()
+	}
+	for at := 0; at < len(batch); {
+		end := at + 1
+		for end < len(batch) && (known[end].Codec == chunk.Raw) == (known[at].Codec == chunk.Raw) {
+			end++
 		}
-		if n > 0 {
-			s.read(c, batch[:n], class)
+		if known[at].Codec == chunk.Raw {
+			s.read(c, batch[at:end], class)
+		} else {
+			s.mu.Lock() // once, or the sender would write a frame for each
+			s.stats.Remembered += int64(end - at)
+			for i := at; i < end; i++ {
+				s.ready(batch[i], known[i], nil)
+			}
+			s.mu.Unlock()
 		}
-		batch = batch[min(n+1, len(batch)):]
+		at = end
 	}
 }
 
-// remembered answers a chunk without reading it, if that can be.
-func (s *Server) remembered(j *job) bool {
+// remembered is the answer for a chunk that need not be read, or has codec Raw.
+func (j *job) remembered() (p chunk.Packed) {
 	v := j.vol
 	if v.sigs == nil {
-		return false
+		return p
 	}
 	j.token = v.sigs.Token(j.key.index)
 	if j.flags.Has(block.Full) {
-		return false
+		return p
 	}
 	sum, zero, ok := v.sigs.Get(j.key.index)
-	if !ok {
-		return false
-	}
-	p := chunk.Packed{Codec: chunk.Zeros, Plain: j.plain()}
-	if !zero {
+	switch {
+	case !ok:
+	case zero:
+		p.Codec, p.Plain = chunk.Zeros, j.plain()
+	default:
 		j.sum = &sum
-		if p.Codec, p.Sig = chunk.Known, v.key.Of(sum); !v.view.has(markOf(&p.Sig)) {
-			return false
+		if sig := v.key.Of(sum); v.view.has(markOf(&sig)) {
+			p = chunk.Packed{Codec: chunk.Known, Sig: sig, Plain: j.plain()}
 		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.stats.Remembered++
-	s.ready(j, p, nil)
-	return true
+	return p
 }
 
 // read reads a run of chunks and seals each.
