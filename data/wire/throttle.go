@@ -64,7 +64,7 @@ func (t *Throttle) wait(now time.Time, n int, careful bool) time.Duration {
 			t.total += s.arrived - t.arrived
 			t.arrived = s.arrived
 			t.pace.sample(now, s.rtt, t.total)
-			t.tcp.limit(t.pace.rate * 1.25)
+			t.tcp.limit(t.pace.rate * 1.05) // what is charged at once is large; the kernel spreads it
 		}
 	}
 	if d := t.pace.wait(now); d > 0 {
