@@ -108,8 +108,13 @@ type point struct {
 	rtt, queue time.Duration
 	loss       float64
 	info       bool // no bar
+	writes     bool // write-back is the load, not the fill
+	ready      bool // the line knows the classes apart by their marks
 	peers      bool // those without a bar run here
 }
+
+// demandMark is AF31, what the product marks demand with.
+const demandMark = 26
 
 const (
 	mbit100 = 12_500_000
@@ -124,6 +129,12 @@ func (p point) String() string {
 	s += fmt.Sprintf(", %d ms", p.rtt.Milliseconds())
 	if p.queue > 0 {
 		s += fmt.Sprintf(", queue %d ms", p.queue.Milliseconds())
+	}
+	if p.ready {
+		s += ", QoS-ready"
+	}
+	if p.writes {
+		s += ", write-back"
 	}
 	if p.loss > 0 {
 		s += fmt.Sprintf(", loss %g %%", p.loss*100)
@@ -152,7 +163,11 @@ func (b *linkBench) over(p point, rep int, f func() error) (err error) {
 	// Whole segments of 64 KiB are cheap and true to the byte, but they are
 	// lost whole, and at 100 Mbit/s one of them is five milliseconds of line.
 	offload := p.loss == 0 && (p.rate == 0 || p.rate > mbit100)
-	b.line, err = netns.Open(netns.Config{Link: netns.Link{Delay: p.rtt / 2, Rate: p.rate, Queue: p.queue, Loss: p.loss},
+	link := netns.Link{Delay: p.rtt / 2, Rate: p.rate, Queue: p.queue, Loss: p.loss}
+	if p.ready {
+		link.First = demandMark
+	}
+	b.line, err = netns.Open(netns.Config{Link: link,
 		Offload: offload, Congestion: b.o.Congestion, Seed: b.Seed + uint64(rep)*1000})
 	if err != nil {
 		return fmt.Errorf("line: %w", err)

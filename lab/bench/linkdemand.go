@@ -11,6 +11,7 @@ import (
 
 	"forerun/api"
 	"forerun/api/client"
+	"forerun/lab/guest"
 	"forerun/lab/load"
 )
 
@@ -31,6 +32,7 @@ type phase struct {
 	waits   []time.Duration
 	warm    int     // reads that turned out not to need the link: not counted
 	share   float64 // of the line that was used meanwhile
+	up      float64 // of the way to the source
 	machine string
 }
 
@@ -69,10 +71,11 @@ func (b *linkBench) coldReads(p point, c *load.Client, chunks *[]int64, least ti
 			return ph, err
 		}
 	}
-	down, _ := b.crossed(before)
+	down, up := b.crossed(before)
 	ph.machine = was.since()
 	if p.rate > 0 {
 		ph.share = float64(down) / time.Since(start).Seconds() / float64(p.rate)
+		ph.up = float64(up) / time.Since(start).Seconds() / float64(p.rate)
 	}
 	if len(ph.waits) == 0 {
 		return ph, fmt.Errorf("none of %d reads needed the link", ph.warm)
@@ -161,18 +164,36 @@ func (b *linkBench) contenders(p point) []contender {
 		if err != nil {
 			return nil, err
 		}
+		if p.writes {
+			if g.Source, err = b.writable(dir, source); err != nil {
+				return nil, err
+			}
+			g.Policy = "write-back"
+		}
+		if p.ready {
+			g.FrontendArgs = append(g.FrontendArgs, "--qos=ready")
+			g.BackendArgs = append(slices.Clone(g.BackendArgs), "--qos=ready")
+		}
 		if err := g.Start(b.ctx); err != nil {
 			g.Kill()
 			return nil, err
 		}
 		status := client.New(g.FrontendState())
+		stop, quit := context.WithCancel(b.ctx)
 		return &demandServer{
-			socket: g.Socket(), export: g.Volume, stop: g.Kill,
+			socket: g.Socket(), export: g.Volume, stop: func() { quit(); g.Kill() },
 			reads: func() (int64, error) {
 				v, err := status.Volume(b.ctx, g.Volume)
 				return v.Demand.Reads, err
 			},
 			load: func() error {
+				if p.writes {
+					c, err := load.Dial(b.ctx, g.Socket(), g.Volume)
+					if err == nil {
+						go b.overwrite(stop, c)
+					}
+					return err
+				}
 				_, err := status.Fill(b.ctx, g.Volume, api.FillRequest{Action: "resume"})
 				return err
 			},
@@ -210,12 +231,40 @@ func (b *linkBench) contenders(p point) []contender {
 	}})
 }
 
+// writable is a copy of source for a rig that writes back to it.
+func (b *linkBench) writable(dir, source string) (string, error) {
+	own := filepath.Join(dir, "source.raw")
+	return own, guest.Copy(own, source)
+}
+
+// overwrite writes noise where no demand read goes, twice what 100 Mbit/s
+// carry, until ctx ends.
+func (b *linkBench) overwrite(ctx context.Context, c *load.Client) {
+	defer c.Close()
+	rng := rand.NewChaCha8([32]byte{7})
+	buf := make([]byte, 256<<10)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for n := 0; ctx.Err() == nil; n++ {
+		rng.Read(buf)
+		if c.WriteAt(buf, int64(rng.Uint64()%(demandFrom/uint64(len(buf))))*int64(len(buf)), n%64 == 63) != nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-tick.C:
+		}
+	}
+}
+
 // demand is part b.
 func (b *linkBench) demand() error {
 	const ms = time.Millisecond
 	all := []point{
 		{rate: mbit100, rtt: 40 * ms, queue: 40 * ms, peers: true},
 		{rate: mbit100, rtt: 40 * ms, queue: 1000 * ms, peers: true},
+		{rate: mbit100, rtt: 40 * ms, queue: 1000 * ms, ready: true},
+		{rate: mbit100, rtt: 40 * ms, queue: 1000 * ms, writes: true, info: true},
 		{rate: mbit100, queue: 20 * ms, info: true},
 		{rate: mbit100, queue: 200 * ms, info: true},
 	}
@@ -228,7 +277,7 @@ func (b *linkBench) demand() error {
 		quick[i].peers = false
 	}
 	for _, p := range b.points(all, quick) {
-		type figures struct{ ratios, middles, shares, idle, loaded []float64 }
+		type figures struct{ ratios, middles, shares, ups, idle, loaded []float64 }
 		got := map[string]*figures{}
 		kk := b.contenders(p)
 		for rep := range b.o.N {
@@ -250,6 +299,7 @@ func (b *linkBench) demand() error {
 				f.idle, f.loaded = append(f.idle, i99), append(f.loaded, l99)
 				f.middles = append(f.middles, ratio(percentile(loaded.waits, 0.5).Seconds(), percentile(idle.waits, 0.5).Seconds()))
 				f.ratios, f.shares = append(f.ratios, ratio(l99, i99)), append(f.shares, loaded.share)
+				f.ups = append(f.ups, loaded.up)
 			}
 		}
 		for _, k := range kk {
@@ -259,6 +309,10 @@ func (b *linkBench) demand() error {
 			b.Measure(name+": p50 loaded / idle", median(f.middles), "x")
 			if k.name != "forerun" || p.info {
 				b.Measure(name+": p99 loaded / idle", median(f.ratios), "x")
+				if p.writes {
+					b.Measure(name+": share of the way to the source, loaded", median(f.ups), "x")
+					continue
+				}
 				b.Measure(name+": share of the line, loaded", median(f.shares), "x")
 				continue
 			}

@@ -27,6 +27,9 @@ type Link struct {
 	Loss float64
 	// Queue is how much the bottleneck holds, as time at Rate; 0 is 100 ms.
 	Queue time.Duration
+	// First is the DSCP (RFC 2474) of packets that overtake all others at the
+	// bottleneck, in a queue of the same size of their own; 0: none do.
+	First int
 }
 
 func (l Link) queue() int64 {

@@ -19,6 +19,38 @@ type packet struct {
 	p  []byte
 }
 
+// fifo is packets in the order in which they leave.
+type fifo struct {
+	ring        []packet
+	head, count int
+}
+
+func (q *fifo) push(p packet) {
+	if q.count == len(q.ring) {
+		bigger := make([]packet, max(2*len(q.ring), 1024))
+		k := copy(bigger, q.ring[q.head:])
+		copy(bigger[k:], q.ring[:q.head])
+		q.ring, q.head = bigger, 0
+	}
+	q.ring[(q.head+q.count)%len(q.ring)] = p
+	q.count++
+}
+
+func (q *fifo) at(i int) *packet { return &q.ring[(q.head+i)%len(q.ring)] }
+
+func (q *fifo) pop() {
+	q.ring[q.head].p = nil
+	q.head = (q.head + 1) % len(q.ring)
+	q.count--
+}
+
+// putOff lets all that have not left at t leave later by d.
+func (q *fifo) putOff(t, d int64) {
+	for i := q.count - 1; i >= 0 && q.at(i).at > t; i-- {
+		q.at(i).at += d
+	}
+}
+
 // relay is one direction of the line.
 type relay struct {
 	from, to int // file descriptors of the two devices, not blocking
@@ -28,9 +60,9 @@ type relay struct {
 	mu          sync.Mutex
 	link        Link
 	rng         *rand.Rand
-	free        int64 // when the bottleneck has sent all it was given
-	ring        []packet
-	head, count int
+	free        int64    // when the bottleneck has sent all it was given
+	freeFirst   int64    // the same of what goes first
+	first, rest fifo     // what goes first, see Link.First, and what does not
 	buf         []byte   // the next packet is read into it
 	spare       [][]byte // free buffers
 	stalled     int      // reasons for the line's clock to stand still
@@ -42,7 +74,7 @@ type relay struct {
 
 func newRelay(from, to int, c Config) *relay {
 	r := &relay{from: from, to: to, size: c.MTU, link: c.Link,
-		rng: rand.New(rand.NewPCG(c.Seed, 0x6e65746e73)), ring: make([]packet, 1024)}
+		rng: rand.New(rand.NewPCG(c.Seed, 0x6e65746e73))}
 	if c.Offload {
 		r.header, r.size = 10, 10+64<<10
 	}
@@ -57,11 +89,20 @@ func (r *relay) clock() int64 {
 	return now() - r.behind
 }
 
-func (r *relay) backlog(t int64) int64 {
-	if r.link.Rate == 0 || r.free <= t {
+// backlog is how many bytes the bottleneck still has to send until free.
+func (r *relay) backlog(free, t int64) int64 {
+	if r.link.Rate == 0 || free <= t {
 		return 0
 	}
-	return int64(float64(r.free-t) / 1e9 * float64(r.link.Rate))
+	return int64(float64(free-t) / 1e9 * float64(r.link.Rate))
+}
+
+// dscp is the code point of an IP packet (RFC 2474), 0 of what is none.
+func dscp(p []byte) int {
+	if len(p) < 20 || p[0]>>4 != 4 {
+		return 0
+	}
+	return int(p[1] >> 2)
 }
 
 // receive takes all packets the near device has and says whether there were any.
@@ -92,29 +133,36 @@ func (r *relay) admit(buf []byte, n int) []byte {
 	case r.partitioned || r.link.Loss > 0 && r.rng.Float64() < r.link.Loss:
 		r.stats.Lost++
 		return buf
-	case r.count == maxPackets:
+	case r.first.count+r.rest.count == maxPackets:
 		r.stats.Dropped++
 		return buf
 	}
+	first := r.link.First > 0 && dscp(buf[r.header:n]) == r.link.First
 	if rate := r.link.Rate; rate > 0 {
-		if back := r.backlog(t); back > 0 && back+wire > r.link.queue() {
+		free := &r.free
+		if first {
+			free = &r.freeFirst
+		}
+		if back := r.backlog(*free, t); back > 0 && back+wire > r.link.queue() {
 			r.stats.Dropped++
 			return buf
 		}
-		r.free = max(r.free, t) + int64(float64(wire)/float64(rate)*1e9)
+		d := int64(float64(wire) / float64(rate) * 1e9)
+		*free = max(*free, t) + d
+		if first {
+			r.rest.putOff(t, d)
+			r.free = max(r.free, t) + d
+		}
 	} else {
-		r.free = t
+		r.free, r.freeFirst = t, t
 	}
 	r.stats.Packets++
 	r.stats.Bytes += wire
-	if r.count == len(r.ring) {
-		bigger := make([]packet, 2*len(r.ring))
-		k := copy(bigger, r.ring[r.head:])
-		copy(bigger[k:], r.ring[:r.head])
-		r.ring, r.head = bigger, 0
+	if first {
+		r.first.push(packet{r.freeFirst, buf[:n]})
+	} else {
+		r.rest.push(packet{r.free, buf[:n]})
 	}
-	r.ring[(r.head+r.count)%len(r.ring)] = packet{r.free, buf[:n]}
-	r.count++
 	if k := len(r.spare); k > 0 {
 		buf = r.spare[k-1]
 		r.spare = r.spare[:k-1]
@@ -136,21 +184,24 @@ func (r *relay) deliver() (next int64) {
 		return 0
 	}
 	t, delay := r.clock(), int64(r.link.Delay)
-	for r.count > 0 {
-		p := &r.ring[r.head]
-		if p.at+delay > t {
-			return p.at + delay + r.behind
+	for _, q := range [2]*fifo{&r.first, &r.rest} {
+		for q.count > 0 {
+			p := q.at(0)
+			if p.at+delay > t {
+				if at := p.at + delay + r.behind; next == 0 || at < next {
+					next = at
+				}
+				break
+			}
+			// An error here is a packet lost, as on any line.
+			unix.Write(r.to, p.p)
+			if len(r.spare) < 4096 {
+				r.spare = append(r.spare, p.p)
+			}
+			q.pop()
 		}
-		// An error here is a packet lost, as on any line.
-		unix.Write(r.to, p.p)
-		if len(r.spare) < 4096 {
-			r.spare = append(r.spare, p.p)
-		}
-		p.p = nil
-		r.head = (r.head + 1) % len(r.ring)
-		r.count--
 	}
-	return 0
+	return next
 }
 
 func (r *relay) change(f func()) {
@@ -163,10 +214,11 @@ func (r *relay) change(f func()) {
 func (r *relay) set(l Link) {
 	r.change(func() {
 		t := r.clock()
-		back := r.backlog(t)
+		back, first := r.backlog(r.free, t), r.backlog(r.freeFirst, t)
 		r.link = l
 		if l.Rate > 0 {
 			r.free = t + int64(float64(back)/float64(l.Rate)*1e9)
+			r.freeFirst = t + int64(float64(first)/float64(l.Rate)*1e9)
 		}
 	})
 }

@@ -23,6 +23,6 @@ func (r *relay) read() LaneStats {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := r.stats
-	s.Queued = r.backlog(r.clock())
+	s.Queued = r.backlog(r.free, r.clock())
 	return s
 }
