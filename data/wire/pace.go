@@ -308,6 +308,7 @@ func (p *pacer) quantum() int {
 type pacing struct {
 	pace    pacer
 	paced   bool      // the kernel tells what the pacer needs to know
+	chooses bool      // nobody named a congestion control
 	arrived int64     // bytes acknowledged on all connections so far
 	behind  time.Time // since when the connections take less than the pace allows
 }
@@ -358,6 +359,11 @@ func (ss *session) look(now time.Time) {
 		}
 		n := t.arrived - c.arrived
 		c.arrived, c.unsent = t.arrived, t.unsent
+		if i > 0 && ss.chooses {
+			if name := c.control.look(now, t.lost, ss.pace.state == paceCruise); name != "" {
+				c.tcp.congestion(name)
+			}
+		}
 		ss.arrived += n
 		if i > 0 && n > 0 && (rtt == 0 || t.rtt < rtt) {
 			rtt = t.rtt
@@ -386,4 +392,41 @@ type tcpState struct {
 	rtt     time.Duration // smoothed
 	arrived int64         // bytes that the peer has, also out of order
 	unsent  int           // bytes in the kernel that its window does not let go
+	lost    int           // packets sent again so far
+}
+
+// control chooses the congestion control of a background connection. BBR keeps
+// its rate where packets are lost; every ten seconds it shuts its window for two
+// hundred milliseconds to see the round trip, and what was held back meanwhile
+// makes a queue afterwards. Where nothing is lost, because the pacer keeps the
+// queue short, there is no need for that. It is pure; the zero value is BBR.
+type control struct {
+	calm  bool // cubic is in use
+	since time.Time
+	lost  int
+	wait  time.Duration // without a loss, until it is called calm
+}
+
+const (
+	calmFirst = 3 * time.Second
+	calmMost  = 10 * time.Minute
+)
+
+// look takes the packets sent again so far and whether the pacer has found its
+// rate, and returns the control to change to, if any.
+func (k *control) look(now time.Time, lost int, cruise bool) string {
+	if k.since.IsZero() || lost != k.lost || !cruise && !k.calm {
+		k.since = now
+	}
+	worse := lost != k.lost
+	k.lost = lost
+	switch {
+	case k.calm && worse:
+		k.calm, k.wait = false, min(2*k.wait, calmMost)
+		return "bbr"
+	case !k.calm && now.Sub(k.since) >= max(k.wait, calmFirst):
+		k.calm, k.wait = true, max(k.wait, calmFirst)
+		return "cubic"
+	}
+	return ""
 }

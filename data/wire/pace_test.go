@@ -279,3 +279,42 @@ func TestPacerIsNotTheLimit(t *testing.T) {
 		t.Errorf("two seconds after the source became fast only %.3f of the link is used", r.use)
 	}
 }
+
+func TestControlFollowsLosses(t *testing.T) {
+	var k control
+	now := time.Unix(1000, 0)
+	run := func(d time.Duration, cruise bool, every time.Duration) (said []string) {
+		lost := k.lost
+		for end, next := now.Add(d), now.Add(every); now.Before(end); now = now.Add(10 * time.Millisecond) {
+			if every > 0 && !now.Before(next) {
+				lost++
+				next = now.Add(every)
+			}
+			if s := k.look(now, lost, cruise); s != "" {
+				said = append(said, s)
+			}
+		}
+		return said
+	}
+	for i, x := range []struct {
+		d      time.Duration
+		cruise bool
+		every  time.Duration // a loss, 0: none
+		want   []string
+	}{
+		{20 * time.Second, false, 0, nil},                                               // the rate is not known yet
+		{time.Minute, true, time.Second, nil},                                           // losses all the time
+		{20 * time.Second, true, 0, []string{"cubic"}},                                  // none any more
+		{time.Minute, false, 0, nil},                                                    // a drain changes nothing
+		{time.Minute, true, time.Second, []string{"bbr"}},                               // they come back
+		{5 * time.Second, true, 0, nil},                                                 // and it takes longer to believe
+		{5 * time.Second, true, 0, []string{"cubic"}},                                   //
+		{time.Hour, true, 7 * time.Second, []string{"bbr"}},                             // seldom, but more often than it is believed
+		{30 * time.Minute, true, 0, []string{"cubic"}},                                  //
+		{time.Hour, true, time.Minute, []string{"bbr", "cubic", "bbr", "cubic", "bbr"}}, // the wait grows until it is not worth it
+	} {
+		if got := run(x.d, x.cruise, x.every); !slices.Equal(got, x.want) {
+			t.Errorf("step %d: %v, want %v", i, got, x.want)
+		}
+	}
+}

@@ -15,6 +15,10 @@ const sendBatch = 64 << 10
 // background stops waiting for it: that client is not reading.
 const stale = 500 * time.Millisecond
 
+// soonDue is how long the link is kept free for demand that is still read or
+// packed: most is ready by then. A slow source must not leave the link unused.
+const soonDue = 4 * time.Millisecond
+
 // shutWindow is how soon it is looked again whether a connection takes more.
 const shutWindow = 3 * time.Millisecond
 
@@ -224,8 +228,11 @@ func (s *Server) yield(c *sconn, cur *job) (wait time.Duration, quantum int) {
 			floor = max(floor, ss.pace.floor(len(c.out[0].packed.Data)))
 		}
 	}
-	if s.demandBusy > 0 && now.Sub(s.lastDemand) < stale {
+	switch past := now.Sub(s.lastDemand); {
+	case s.demandDue > 0 && past < stale:
 		wait = max(wait, stale)
+	case s.demandBusy > 0 && past < soonDue:
+		wait = max(wait, soonDue-past)
 	}
 	if wait == 0 {
 		return 0, quantum

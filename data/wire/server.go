@@ -128,6 +128,7 @@ type Server struct {
 	sessions   map[sessionID]*session
 	pending    []net.Conn // not yet authenticated, oldest first
 	demandBusy int        // demand jobs that are queued, read, or being sent
+	demandDue  int        // those of them that are ready to be sent, or being sent
 	lastDemand time.Time  // when one arrived or left
 	lastRefuse time.Time  // when a refused connection was logged
 	stats      ServerStats
@@ -394,7 +395,7 @@ func (s *Server) attach(c *sconn, id sessionID) error {
 }
 
 func (s *Server) newSession(id sessionID, c *sconn) *session {
-	ss := &session{id: id, role: c.peerRole, name: c.peerName, jobs: map[jobKey]*job{}, early: map[jobKey]time.Time{},
+	ss := &session{pacing: pacing{chooses: s.o.Socket.Congestion == ""}, id: id, role: c.peerRole, name: c.peerName, jobs: map[jobKey]*job{}, early: map[jobKey]time.Time{},
 		pack: newChooser(s.o.Codec, s.o.NoCompression),
 		held: map[uint8]*view{}, told: map[uint16]told{}}
 	s.sessions[id] = ss

@@ -78,8 +78,9 @@ type sconn struct {
 	roams       bool       // it may take over what was asked for on another one
 	tcp         *tcpSocket // nil: the kernel does not tell
 	unsent      int        // as tcp said last
-	arrived     int64      // bytes acknowledged, of what tcp said last
-	leaving     bool       // close when ctrl is written
+	control     control
+	arrived     int64 // bytes acknowledged, of what tcp said last
+	leaving     bool  // close when ctrl is written
 	dead        bool
 }
 

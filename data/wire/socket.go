@@ -16,8 +16,9 @@ type SocketOptions struct {
 	// that treat classes differently; 0 leaves them unmarked.
 	DemandDSCP, WriteBackDSCP, BackgroundDSCP int
 	// Congestion names the congestion control of all connections. Empty is
-	// "bbr" for what sends in bulk, which keeps its rate where packets are lost, and for
-	// demand what the listener has (Listen).
+	// "bbr" for what sends in bulk, which keeps its rate where packets are lost, or
+	// "cubic" while none are and the sender is paced, and for demand what the
+	// listener has (Listen).
 	Congestion string
 	// NotSentLowat bounds the bytes the kernel holds that were not yet sent,
 	// default 128 KiB, negative for no bound. More would only be a queue

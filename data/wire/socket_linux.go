@@ -85,7 +85,14 @@ func (t *tcpSocket) info() (s tcpState, ok bool) {
 	}
 	t.arrived += int64(i.Delivered-t.delivered) * int64(i.Snd_mss)
 	t.delivered = i.Delivered
-	return tcpState{rtt: time.Duration(i.Rtt) * time.Microsecond, arrived: t.arrived, unsent: int(i.Notsent_bytes)}, true
+	return tcpState{rtt: time.Duration(i.Rtt) * time.Microsecond, arrived: t.arrived, unsent: int(i.Notsent_bytes), lost: int(i.Total_retrans)}, true
+}
+
+// congestion changes the congestion control, if the system has it and lets us.
+func (t *tcpSocket) congestion(name string) {
+	t.rc.Control(func(fd uintptr) {
+		unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, name)
+	})
 }
 
 // limit bounds the rate at which the kernel sends, so that what is written at

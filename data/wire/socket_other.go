@@ -19,3 +19,4 @@ type tcpSocket struct{}
 func newTCPSocket(net.Conn) *tcpSocket          { return nil }
 func (*tcpSocket) info() (tcpState, bool)       { return tcpState{}, false }
 func (*tcpSocket) limit(bytesPerSecond float64) {}
+func (*tcpSocket) congestion(name string)       {}

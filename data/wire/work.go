@@ -100,8 +100,13 @@ func (s *Server) ask(c *sconn, v *servedVolume, req uint64, index int64, f block
 
 // aim sets the connection a job goes out on and keeps count of demand.
 func (s *Server) aim(j *job, to *sconn) {
+	due := 0 // it waits for the link, or is on its way into it
+	if j.state == ready || j.state == sending {
+		due = 1
+	}
 	if j.target != nil {
 		if j.target.role == roleDemand {
+			s.demandDue -= due
 			s.demandLess()
 		}
 		if j.state != queued {
@@ -112,6 +117,7 @@ func (s *Server) aim(j *job, to *sconn) {
 		return
 	}
 	if to.role == roleDemand {
+		s.demandDue += due
 		s.demandBusy++
 		s.lastDemand = time.Now()
 	}
@@ -470,6 +476,9 @@ func (s *Server) ready(j *job, p chunk.Packed, bytes *lease) {
 		}
 	}
 	j.state, j.packed, j.bytes = ready, p, bytes
+	if to.role == roleDemand {
+		s.demandDue++
+	}
 	to.out = append(to.out, j)
 	to.poke()
 	if to.roams && len(to.out) > 1 {
