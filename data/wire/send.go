@@ -71,8 +71,10 @@ func (c *sconn) send() {
 		}
 		data := cur != nil || len(c.out) > 0 || c.hints != nil
 		if data && !leaving {
-			switch wait, quantum = s.yield(c, cur); {
-			case wait == 0 && cur == nil && c.hints == nil && c.gather(&wait):
+			if wait, quantum = s.yield(c, cur); wait == 0 && cur == nil && c.hints == nil {
+				wait = c.gather()
+			}
+			switch {
 			case wait > 0 || cur != nil:
 			case c.hints != nil:
 				buf = c.takeHints(buf)
@@ -139,26 +141,26 @@ func (c *sconn) send() {
 // gatherFor is how long signatures are waited for that go into the same frame.
 const gatherFor = 2 * time.Millisecond
 
-// gather says whether a background frame of signatures should wait for more, and
-// how long: there are only signatures to send, and the connection has others in
+// gather says how long a background frame of signatures waits for more, 0: it
+// goes. There are only signatures to send, and the connection has others in
 // work. A frame, a record and a packet for each would be twice the bytes.
 // Server.mu is held.
-func (c *sconn) gather(wait *time.Duration) bool {
+func (c *sconn) gather() time.Duration {
 	n := len(c.out)
 	if c.role == roleDemand || n == 0 || n >= gatherMost || c.out[0].packed.Codec != chunk.Known ||
 		c.out[n-1].packed.Codec != chunk.Known || c.inflight <= n*c.out[0].vol.chunk {
 		c.gathers = time.Time{}
-		return false
+		return 0
 	}
 	now := time.Now()
 	if c.gathers.IsZero() {
 		c.gathers = now
 	}
-	if *wait = gatherFor - now.Sub(c.gathers); *wait <= 0 {
-		*wait, c.gathers = 0, time.Time{}
-		return false
+	wait := gatherFor - now.Sub(c.gathers)
+	if wait <= 0 {
+		c.gathers = time.Time{}
 	}
-	return true
+	return max(wait, 0)
 }
 
 // gatherMost is how many signatures are enough for a frame.
@@ -198,9 +200,7 @@ func (s *Server) relieve(c *sconn) {
 // move puts a chunk that is ready on another connection. Server.mu is held.
 func (s *Server) move(j *job, to *sconn) {
 	from := j.target
-	if i := slices.Index(from.out, j); i >= 0 {
-		from.out = slices.Delete(from.out, i, i+1)
-	}
+	from.unqueue(j)
 	if j.vol.view != nil {
 		from.carried.forget(markOf(&j.packed.Sig))
 	}
@@ -302,6 +302,13 @@ func (c *sconn) nextSame(sent []*job, buf []byte) (*job, []*job, []byte) {
 	c.s.stats.SameChunks += int64(n)
 	binary.BigEndian.PutUint32(buf[at:], uint32(8+n*chunk.SigLen))
 	return nil, sent, buf
+}
+
+// unqueue takes a chunk that is ready off the out list.
+func (c *sconn) unqueue(j *job) {
+	if i := slices.Index(c.out, j); i >= 0 {
+		c.out = slices.Delete(c.out, i, i+1)
+	}
 }
 
 func (c *sconn) pop() {

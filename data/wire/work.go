@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"slices"
 	"time"
 
 	"forerun/block"
@@ -175,9 +174,7 @@ func (s *Server) drop(j *job) {
 	case queued:
 		s.q.remove(&j.item)
 	case ready:
-		if i := slices.Index(j.target.out, j); i >= 0 {
-			j.target.out = slices.Delete(j.target.out, i, i+1)
-		}
+		j.target.unqueue(j)
 		j.bytes.release()
 		j.bytes = nil
 	}
