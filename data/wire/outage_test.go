@@ -167,18 +167,8 @@ func TestManyCuts(t *testing.T) {
 			}
 		}
 		time.Sleep(15 * time.Second)
-		st, cs := w.server.Stats(), c.Stats()
-		t.Logf("%+v", cs)
-		if st.Queued != 0 || w.server.demandBusy != 0 || st.Violations != 0 || cs.DemandOutstanding+cs.BackgroundOutstanding != 0 || len(r.wanted) != 0 {
-			t.Errorf("left over: %+v %+v", st, cs)
-		}
-		for _, ss := range w.server.sessions {
-			for _, sc := range ss.conns {
-				if sc != nil && (sc.outstanding != 0 || sc.inflight != 0 || len(sc.out) != 0) {
-					t.Errorf("%v %d: %d outstanding, %d in flight, %d to send", sc.role, sc.index, sc.outstanding, sc.inflight, len(sc.out))
-				}
-			}
-		}
+		t.Logf("%+v", c.Stats())
+		w.nothingLeft(c, r)
 	})
 }
 

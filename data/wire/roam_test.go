@@ -153,8 +153,6 @@ func TestSingleConnectionsBreak(t *testing.T) {
 		if st.Relieved == 0 || cs.Reconnects == 0 {
 			t.Error("nothing was tested")
 		}
-		if st.Queued != 0 || w.server.demandBusy != 0 || st.Violations != 0 || cs.DemandOutstanding+cs.BackgroundOutstanding != 0 || len(r.wanted) != 0 {
-			t.Errorf("left over: %+v %+v", st, cs)
-		}
+		w.nothingLeft(c, r)
 	})
 }

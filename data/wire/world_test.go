@@ -318,3 +318,19 @@ var line = wan.Link{Delay: 20 * time.Millisecond, Rate: 100e6 / 8} // 40 ms, 100
 func clientTLS(w *world, name string) *tls.Config {
 	return must(pki.ClientTLS(w.dir, name, pki.RoleBackend))
 }
+
+// nothingLeft fails the test unless both ends have forgotten all requests.
+func (w *world) nothingLeft(c *Client, r *Remote) {
+	w.t.Helper()
+	st, cs := w.server.Stats(), c.Stats()
+	if st.Queued != 0 || w.server.demandBusy != 0 || st.Violations != 0 || cs.DemandOutstanding+cs.BackgroundOutstanding != 0 || len(r.wanted) != 0 {
+		w.t.Errorf("left over: %+v %+v", st, cs)
+	}
+	for _, ss := range w.server.sessions {
+		for _, sc := range ss.conns {
+			if sc != nil && (sc.outstanding != 0 || sc.inflight != 0 || len(sc.out) != 0) {
+				w.t.Errorf("%v %d: %d outstanding, %d in flight, %d to send", sc.role, sc.index, sc.outstanding, sc.inflight, len(sc.out))
+			}
+		}
+	}
+}
